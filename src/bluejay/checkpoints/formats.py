@@ -1,0 +1,147 @@
+"""What every checkpoint offers, whatever its format, and `open_checkpoint`, which finds out the format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bluejay.checkpoints.keymaps import HEAD, LEGACY_BUFFER, PREFIX, TIED_HEAD_WEIGHT
+from bluejay.errors import CheckpointError
+from bluejay.model import ModelConfig, build
+
+# A wrong config can make every one of some hundred keys wrong; a screenful of them tells as much as all.
+MAX_PRINTED_KEYS = 20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor before it is read.
+
+    Attributes:
+        shape: its dims.
+        dtype: as stored.
+        file: where its bytes are; of several shards, the first.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Checkpoint(Protocol):
+    """A model on disk, opened but not read.
+
+    Attributes:
+        path: what was opened, a directory or a file.
+        format: "safetensors", "torch_bin" or "mesh_jax".
+        config: the network that the weights belong to.
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def format(self) -> str: ...
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every weight under its Hugging Face name; legacy buffers and a tied head are left out."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One weight on the CPU, as stored, a view of the mapped file where that is possible.
+
+        Raises: CheckpointError if its bytes are damaged.
+        """
+        ...
+
+    def check(self) -> None:
+        """Hold the weights against the config.
+
+        Raises: CheckpointError that lists all missing, unexpected and misshapen keys.
+        """
+        ...
+
+
+def open_checkpoint(path: Path, *, config: Path | None = None) -> Checkpoint:
+    """Open a model of any format; reads headers, never weights.
+
+    Args:
+        path: a directory (Hugging Face's, or step_N of mesh-transformer-jax), or one .safetensors or .bin file.
+        config: the config file, where it is not the config.json beside the weights.
+    Raises: CheckpointError if there are no weights or they are damaged or unsafe; ConfigError for a wrong config.
+    """
+    from bluejay.checkpoints import hf, mesh_jax
+
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory")
+    if path.is_dir() and mesh_jax.is_mesh_jax(path):
+        return mesh_jax.MeshJaxCheckpoint.open(path, config)
+    return hf.HFCheckpoint.open(path, config)
+
+
+def weight_names(stored: Iterable[str], config: ModelConfig) -> dict[str, str]:
+    """Hugging Face's name of each weight -> the name under which it is stored.
+
+    Adds the prefix that a bare model's file lacks; leaves out legacy buffers and the head's weight where it is tied.
+    """
+    names = list(stored)
+    bare = not any(name.startswith(PREFIX) for name in names)
+    found = {PREFIX + name if bare and not name.startswith(HEAD) else name: name for name in names}
+    if config.tie_word_embeddings:
+        found.pop(TIED_HEAD_WEIGHT, None)
+    return {name: source for name, source in found.items() if not LEGACY_BUFFER.fullmatch(name)}
+
+
+def key_problems(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> list[str]:
+    """Everything in which `tensors` differ from the network of `config`, one line for each key."""
+    # Building a network of a billion layers, even without weights, would eat the machine.
+    if config.n_layer > len(tensors):
+        return [f"config: n_layer is {config.n_layer}, but the files hold {len(tensors)} tensors in all"]
+    expected = build(config, device="meta").state_dict()
+    problems = [f"missing: {name} {list(expected[name].shape)}" for name in expected if name not in tensors]
+    for name, info in tensors.items():
+        if name not in expected:
+            problems.append(f"unexpected: {short(name)} {list(info.shape)} in {info.file.name}")
+        elif info.shape != tuple(expected[name].shape):
+            problems.append(
+                f"misshapen: {name} is {list(info.shape)} in {info.file.name}, "
+                f"the config asks for {list(expected[name].shape)}"
+            )
+        elif not info.dtype.is_floating_point:
+            problems.append(f"wrong dtype: {name} is {info.dtype} in {info.file.name}, expected floating point")
+    return problems
+
+
+def check_keys(tensors: Mapping[str, TensorInfo], config: ModelConfig, path: Path) -> None:
+    """Refuse tensors that are not those of `config`.
+
+    Raises: CheckpointError that lists every problem (the first 20, and how many more).
+    """
+    problems = key_problems(tensors, config)
+    if not problems:
+        return
+    lines = problems[:MAX_PRINTED_KEYS]
+    if len(problems) > len(lines):
+        lines.append(f"and {len(problems) - len(lines)} more")
+    raise CheckpointError(
+        f"{path}: the weights are not those of the config ({config.model_type}):\n  " + "\n  ".join(lines)
+    )
+
+
+def short(name: object) -> str:
+    """A name out of an untrusted file, quoted, escaped and cut to a length that fits a message."""
+    text = ascii(name) if isinstance(name, str) and len(name) <= 120 else ascii(str(name)[:100]) + "…"
+    return text
