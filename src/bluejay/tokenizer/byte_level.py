@@ -82,11 +82,9 @@ class Tokenizer:
         text = self.token_text(token_id)
         if text is None:
             return b""
-        if token_id in self._added:
-            return text.encode("utf-8")
         try:
             return bytes([BYTE_OF_SYMBOL[symbol] for symbol in text])
-        except KeyError:
+        except KeyError:  # an added token that no merge made, "two words", is spelled as it is
             return text.encode("utf-8")
 
     def token_text(self, token_id: int) -> str | None:

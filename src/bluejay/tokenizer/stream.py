@@ -10,7 +10,7 @@ from bluejay.tokenizer.byte_level import Tokenizer
 class TextStream:
     """Turns one token after another into text, and holds back bytes that do not yet make a character.
 
-    The pieces joined, `finish()` included, equal `tokenizer.decode` of all the ids. A step costs the bytes of its token,
+    The pieces joined, `finish()` included, equal `tokenizer.decode` of all the ids. A step costs its token's bytes,
     not the length of the text so far.
 
     Args:
