@@ -1,0 +1,104 @@
+"""GPT-Neo: learned positions, blocks in sequence, global and local attention in turn, unscaled scores, a tied head.
+
+Source: Black et al. 2021, gpt-neo; parameter names are Hugging Face's GPTNeoForCausalLM.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from bluejay.model.attention import Attend
+from bluejay.model.config import ModelConfig
+from bluejay.model.layers import ACTIVATION, Head
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.window = config.window(layer)
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=True)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        heads = (*x.shape[:-1], self.n_head, -1)
+        q = self.q_proj(x).view(heads)
+        k = self.k_proj(x).view(heads)
+        v = self.v_proj(x).view(heads)
+        # Scores are not divided by sqrt(head_dim): GPT-Neo was trained without.
+        mixed = attend(self.layer, q, k, v, scale=1.0, window=self.window)
+        return self.out_proj(mixed.flatten(-2))  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Only a name: Hugging Face keeps the projections under `attn.attention`."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = SelfAttention(config, layer)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        return self.attention(x, attend)  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.inner_dim)
+        self.c_proj = nn.Linear(config.inner_dim, config.n_embd)
+        self.activation = ACTIVATION[config.activation_function]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.activation(self.c_fc(x)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        x = x + self.attn(self.ln_1(x), attend)
+        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        x = self.wte(input_ids) + self.wpe(positions)
+        for block in self.h:
+            x = block(x, attend)
+        return self.ln_f(x)  # type: ignore[no-any-return]
+
+
+class GPTNeo(nn.Module):
+    """The whole network; `state_dict()` has Hugging Face's names."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = Head(config.n_embd, config.vocab_size, bias=False, tied=config.tie_word_embeddings)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states after the last LayerNorm.
+
+        Shapes: input_ids, positions [...] int64 (training [B, T]) -> [..., n_embd].
+        """
+        return self.transformer(input_ids, positions, attend)  # type: ignore[no-any-return]
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., n_embd] -> [..., vocab_size] in float32."""
+        return self.lm_head(hidden_states, self.transformer.wte.weight)  # type: ignore[no-any-return]

@@ -1,0 +1,94 @@
+"""GPT-J: one LayerNorm per block, attention and MLP side by side, rotary positions, an untied head with a bias.
+
+Source: Wang and Komatsuzaki 2021, mesh-transformer-jax (layers.py); parameter names are Hugging Face's GPTJForCausalLM.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from bluejay.model.attention import Attend
+from bluejay.model.config import ModelConfig
+from bluejay.model.layers import ACTIVATION, Head, rotary_angles, rotate
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.scale = 1 / math.sqrt(config.head_dim)
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor, sin: Tensor, cos: Tensor, attend: Attend) -> Tensor:
+        heads = (*x.shape[:-1], self.n_head, -1)
+        q = rotate(self.q_proj(x).view(heads), sin, cos)
+        k = rotate(self.k_proj(x).view(heads), sin, cos)
+        v = self.v_proj(x).view(heads)
+        mixed = attend(self.layer, q, k, v, scale=self.scale, window=None)
+        return self.out_proj(mixed.flatten(-2))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.fc_in = nn.Linear(config.n_embd, config.inner_dim)
+        self.fc_out = nn.Linear(config.inner_dim, config.n_embd)
+        self.activation = ACTIVATION[config.activation_function]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc_out(self.activation(self.fc_in(x)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, sin: Tensor, cos: Tensor, attend: Attend) -> Tensor:
+        h = self.ln_1(x)
+        return x + self.attn(h, sin, cos, attend) + self.mlp(h)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.rotary_dim = config.rotated_dims
+
+    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        x = self.wte(input_ids)
+        sin, cos = rotary_angles(positions, self.rotary_dim)
+        for block in self.h:
+            x = block(x, sin, cos, attend)
+        return self.ln_f(x)  # type: ignore[no-any-return]
+
+
+class GPTJ(nn.Module):
+    """The whole network; `state_dict()` has Hugging Face's names."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = Head(config.n_embd, config.vocab_size, bias=True, tied=config.tie_word_embeddings)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states after the last LayerNorm.
+
+        Shapes: input_ids, positions [...] int64 (training [B, T]) -> [..., n_embd].
+        """
+        return self.transformer(input_ids, positions, attend)  # type: ignore[no-any-return]
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., n_embd] -> [..., vocab_size] in float32."""
+        return self.lm_head(hidden_states, self.transformer.wte.weight)  # type: ignore[no-any-return]
