@@ -1,0 +1,61 @@
+# Everything that Bluejay needs is installed into .venv and .venvs by the targets themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ORACLE := .venvs/oracle
+# pip checks for its own updates and keeps notices on stderr: neither belongs into a first run.
+PIP := -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test test-slow check format clean
+.DEFAULT_GOAL := demo
+
+## demo: install, then write a story with the default model
+demo: $(VENV)/.installed
+	@$(BIN)/bluejay generate --max-new-tokens 200 --seed 7 "Once upon a time there was a little blue jay who"
+	@echo
+	@echo 'Your turn: $(BIN)/bluejay generate "One day a fox"        More: $(BIN)/bluejay --help'
+
+## test: everything that decides, in under 20 minutes on two cores
+test: check $(ORACLE)/.installed
+	BLUEJAY_REQUIRE_ORACLE=1 $(BIN)/python -m pytest -m "not slow"
+
+## test-slow: long and large tests
+test-slow: $(VENV)/.tested $(ORACLE)/.installed
+	BLUEJAY_REQUIRE_ORACLE=1 $(BIN)/python -m pytest -m slow
+
+## check: style, types, import order
+check: $(VENV)/.tested
+	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.tested
+	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Bluejay needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Making $(VENV) …"
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "No virtual environment without Debian's python3-venv: apt install python3-venv" >&2; exit 1; }
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing Bluejay and PyTorch into $(VENV), about 1 GB; this takes a few minutes once …"
+	@$(BIN)/python $(PIP) --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.tested: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing Bluejay with its test tools into $(VENV) …"
+	@$(BIN)/python $(PIP) --constraint constraints.txt --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(ORACLE)/.installed: tests/parity/requirements.txt | $(BIN)/python
+	@echo "Installing transformers, which the parity tests compare with, into $(ORACLE) …"
+	@$(PYTHON) -m venv $(ORACLE)
+	@$(ORACLE)/bin/python $(PIP) --requirement tests/parity/requirements.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .venvs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,103 @@
+"""Settings that outlive one command: flags > environment (BLUEJAY_*) > TOML file > default. Read once, then frozen.
+
+The TOML file is $BLUEJAY_CONFIG, or bluejay/config.toml in $XDG_CONFIG_HOME (~/.config):
+
+    model = "gpt-j-6b"
+    device = "cuda"
+    dtype = "bfloat16"
+    threads = 8
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from bluejay.errors import ConfigError
+
+DEVICES = "auto, cpu, cuda, cuda:1, mps"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a command uses where it is not told otherwise.
+
+    Attributes:
+        model: path, hub name, or "default" for the model in the package.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        dtype: "auto", "float32", "bfloat16", "float16".
+        threads: CPU threads; 0 leaves the choice to PyTorch.
+    """
+
+    model: str = "default"
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 0
+
+
+def load_settings(flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """Gather the settings.
+
+    Args:
+        flags: what the command line gave; None values count as not given.
+        environ: the environment, os.environ where None.
+    Raises: ConfigError with every wrong or unknown setting at once, and where it came from.
+    """
+    environ = os.environ if environ is None else environ
+    known = {f.name for f in fields(Settings)}
+    path = _config_path(environ)
+    values: dict[str, tuple[Any, str]] = {key: (value, str(path)) for key, value in _read(path, environ).items()}
+    for name in known:
+        if text := environ.get(f"BLUEJAY_{name.upper()}"):
+            values[name] = (text, f"BLUEJAY_{name.upper()}")
+    values |= {key: (value, f"--{key}") for key, value in (flags or {}).items() if value is not None}
+    problems = [f"{source}: unknown setting {key}" for key, (_, source) in values.items() if key not in known]
+    checked = {key: _checked(key, *values[key], problems) for key in known if key in values}
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return Settings(**checked)
+
+
+def _config_path(environ: Mapping[str, str]) -> Path:
+    if explicit := environ.get("BLUEJAY_CONFIG"):
+        return Path(explicit)
+    return Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "bluejay" / "config.toml"
+
+
+def _read(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if environ.get("BLUEJAY_CONFIG"):
+            raise ConfigError(f"{path}: no such file, named by BLUEJAY_CONFIG") from None
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+
+
+def _checked(name: str, value: Any, source: str, problems: list[str]) -> Any:
+    if name == "threads":
+        try:
+            count = int(value)
+        except (TypeError, ValueError):
+            count = -1
+        if isinstance(value, bool) or not 0 <= count <= 1024:
+            problems.append(f"{source}: threads is {value!r}, expected a whole number from 0 (automatic) to 1024")
+        return count
+    if not isinstance(value, str) or not value:
+        problems.append(f"{source}: {name} is {value!r}, expected a text")
+    elif name == "dtype" and value not in DTYPES:
+        problems.append(f"{source}: dtype is {value!r}, expected one of {', '.join(DTYPES)}")
+    elif name == "device" and not _is_device(value):
+        problems.append(f"{source}: device is {value!r}, expected one of {DEVICES}")
+    return value
+
+
+def _is_device(value: str) -> bool:
+    return re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", value) is not None

@@ -1,0 +1,1 @@
+"""Training: tokenise, pack, step, save, on one device."""

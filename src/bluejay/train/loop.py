@@ -1,0 +1,333 @@
+"""The training loop: prepare, step, validate, save, finish."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bluejay import checkpoints
+from bluejay.errors import ConfigError
+from bluejay.model import CausalAttention, ModelConfig, build
+from bluejay.model.gpt_neo import GPTNeo
+from bluejay.model.gptj import GPTJ
+from bluejay.tokenizer import Tokenizer, load_tokenizer
+from bluejay.tokenizer.training import train_bpe
+from bluejay.train import checkpoint, plot
+from bluejay.train.config import TrainConfig
+from bluejay.train.data import Rows, TokenFile, documents, pack
+from bluejay.train.loss import cross_entropy
+from bluejay.train.optim import initialise, learning_rate, make_optimizer
+
+
+@dataclass(frozen=True)
+class Preparing:
+    """Work before the first step; `done` counts tokens where there are any."""
+
+    what: str
+    done: int = 0
+
+
+@dataclass(frozen=True)
+class Started:
+    step: int
+    total_steps: int
+    num_parameters: int
+    tokens_per_step: int
+    tokens_per_epoch: int
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """One optimiser step; loss in nats per token, z_loss left out."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Validated:
+    """loss in nats per token; bits_per_byte counts the bytes of the text, separators cost but have none."""
+
+    step: int
+    loss: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class Saved:
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Finished:
+    model_path: Path
+    plot_path: Path | None
+
+
+Event = Preparing | Started | Stepped | Validated | Saved | Finished
+Observer = Callable[[Event], None]
+
+
+def train(config: TrainConfig, observe: Observer, *, resume: bool = False, device: str = "auto") -> Path:
+    """Run a recipe to its end, or on from its last checkpoint.
+
+    KeyboardInterrupt saves a checkpoint before it goes on up.
+
+    Args:
+        observe: told of every event, in order.
+        resume: go on from the last checkpoint in output_dir.
+        device: "auto", "cpu", "cuda", "cuda:1".
+    Returns: the directory of the finished model, in Hugging Face's layout.
+    Raises: ConfigError, CheckpointError.
+    """
+    run = Run(config, observe, torch.device(_device(device)))
+    step = run.restore(resume)
+    observe(run.describe(step))
+    try:
+        while step < config.recipe.total_steps:
+            step = run.step(step)
+            if step % config.recipe.val_every == 0 or step == config.recipe.total_steps:
+                run.validate(step)
+            if step % config.recipe.ckpt_every == 0 or step == config.recipe.total_steps:
+                run.save(step)
+    except KeyboardInterrupt:
+        run.save(step)
+        raise
+    return run.finish()
+
+
+class Run:
+    """What one run holds: network, optimiser, rows, metrics file."""
+
+    def __init__(self, config: TrainConfig, observe: Observer, device: torch.device) -> None:
+        self.config, self.recipe, self.observe, self.device = config, config.recipe, observe, device
+        self.folder = config.output_dir
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.dtype = _compute_dtype(config.recipe.dtype, device)
+        self.model, self.tokenizer = _network(config, observe)
+        self.model.to(device)
+        self.optimizer = make_optimizer(self.model, self.recipe)
+        files = [(self._tokens(source.file), source.repeat) for source in config.data.train]
+        self.rows = Rows(files, seq=self.recipe.seq, batch=self.recipe.per_replica_batch, seed=config.seed)
+        self.validation = self._tokens(config.data.validation) if config.data.validation is not None else None
+        self._token_bytes = _bytes_per_token(self.tokenizer, self.model.config.vocab_size).to(device)
+        self._metrics = self.folder / "metrics.jsonl"
+
+    def step(self, step: int) -> int:
+        """One optimiser step; returns the number of steps done."""
+        started = time.perf_counter()
+        lr = learning_rate(step, self.recipe)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        parts = self.recipe.gradient_accumulation_steps
+        loss = torch.zeros((), device=self.device)
+        for part in range(parts):
+            inputs, targets = self.rows.batch(step * parts + part)
+            objective, plain = self._loss(inputs, targets)
+            (objective / parts).backward()  # type: ignore[no-untyped-call]
+            loss += plain / parts
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        event = Stepped(step + 1, float(loss), float(grad_norm), lr, 0.0)
+        seconds = time.perf_counter() - started
+        self._record(dataclasses.replace(event, tokens_per_s=self.recipe.tokens_per_step / seconds))
+        if not math.isfinite(event.loss):
+            raise ConfigError(
+                f"the loss is {event.loss} at step {step + 1}; lower recipe.lr or recipe.clip and go on from the last "
+                "checkpoint"
+            )
+        return step + 1
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        positions = torch.arange(inputs.shape[1], device=self.device).expand_as(inputs)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            hidden = self.model(inputs, positions, CausalAttention())
+        head = self.model.lm_head
+        weight = head.weight if head.weight is not None else self.model.transformer.wte.weight
+        bias = head.bias.to(self.dtype) if head.bias is not None else None
+        return cross_entropy(
+            hidden.flatten(0, 1).to(self.dtype),
+            weight.to(self.dtype),
+            bias,
+            targets.flatten(),
+            z_loss=self.recipe.z_loss if torch.is_grad_enabled() else 0.0,
+        )
+
+    @torch.no_grad()
+    def validate(self, step: int) -> None:
+        """Loss and bits per byte on the first `val_batches` rows of the validation text."""
+        if self.validation is None:
+            return
+        seq, rows = self.recipe.seq, self.validation.rows(self.recipe.seq)
+        rows = min(rows, self.recipe.val_batches) if self.recipe.val_batches else rows
+        nats, num_bytes = 0.0, 0
+        for first in range(0, rows, self.recipe.per_replica_batch):
+            last = min(first + self.recipe.per_replica_batch, rows)
+            both = torch.from_numpy(np.stack([self.validation.row(i, seq) for i in range(first, last)]))
+            targets = both[:, 1:].to(self.device)
+            nats += float(self._loss(both[:, :-1], targets)[1]) * targets.numel()
+            num_bytes += int(self._token_bytes[targets].sum())
+        if rows:
+            self._record(Validated(step, nats / (rows * seq), nats / math.log(2) / num_bytes))
+
+    def save(self, step: int) -> None:
+        path = checkpoint.save(self.folder / "checkpoints", step, self.model, self.optimizer, self._agreement())
+        checkpoint.prune(self.folder / "checkpoints", keep_n=self.recipe.keep_n, keep_every=self.recipe.keep_every)
+        self.observe(Saved(step, path))
+
+    def restore(self, resume: bool) -> int:
+        """The step to go on from; metrics of steps that will be done again are dropped."""
+        last = checkpoint.latest(self.folder / "checkpoints")
+        if last is None:
+            if resume:
+                raise ConfigError(f"{self.folder}: holds no checkpoint to resume from; start without --resume")
+            step = 0
+        elif not resume:
+            raise ConfigError(f"{self.folder}: holds a run already; go on with --resume, or start over with --fresh")
+        else:
+            step = checkpoint.restore(last, self.model, self.optimizer, self._agreement())
+        kept = [line for line in _lines(self._metrics) if json.loads(line)["step"] <= step] if step else []
+        self._metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        return step
+
+    def finish(self) -> Path:
+        """Write the model in Hugging Face's layout and the plot of the losses."""
+        target = self.folder / "model"
+        self.observe(Preparing("writing the model"))
+        checkpoints.save(self.model, self.model.config, target)
+        self.tokenizer.save(target)
+        plot_path = plot.losses(self._metrics, self.folder / "loss.png", self.recipe.tokens_per_step)
+        self.observe(Finished(target, plot_path))
+        return target
+
+    def describe(self, step: int) -> Started:
+        return Started(
+            step=step,
+            total_steps=self.recipe.total_steps,
+            num_parameters=sum(p.numel() for p in self.model.parameters()),
+            tokens_per_step=self.recipe.tokens_per_step,
+            tokens_per_epoch=self.rows.rows_per_epoch * self.recipe.seq,
+            device=str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
+
+    def _tokens(self, file: Path) -> TokenFile:
+        what = f"tokenising {file.name}"
+        self.observe(Preparing(what))
+        return pack(
+            file, self.tokenizer, self.folder / "tokens", lambda written: self.observe(Preparing(what, written))
+        )
+
+    def _record(self, event: Stepped | Validated) -> None:
+        kind = "train" if isinstance(event, Stepped) else "validation"
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, **dataclasses.asdict(event)}) + "\n")
+        self.observe(event)
+
+    def _agreement(self) -> dict[str, Any]:
+        return {
+            "seed": self.config.seed,
+            "seq": self.recipe.seq,
+            "per_replica_batch": self.recipe.per_replica_batch,
+            "gradient_accumulation_steps": self.recipe.gradient_accumulation_steps,
+            "model": self.model.config.to_dict(),
+            "rows_per_epoch": self.rows.rows_per_epoch,
+        }
+
+
+def start_over(config: TrainConfig) -> None:
+    """Remove what an earlier run left in output_dir, save its tokens, which depend on the texts alone."""
+    shutil.rmtree(config.output_dir / "checkpoints", ignore_errors=True)
+    shutil.rmtree(config.output_dir / "tokenizer", ignore_errors=True)
+
+
+def _network(config: TrainConfig, observe: Observer) -> tuple[GPTJ | GPTNeo, Tokenizer]:
+    if config.tune_model_path is not None:
+        observe(Preparing("reading the model"))
+        model = checkpoints.load_model(config.tune_model_path, dtype=torch.float32, trainable=True)
+        tokenizer = load_tokenizer(config.tune_model_path)
+        if config.recipe.seq > model.config.n_positions:
+            raise ConfigError(f"recipe.seq {config.recipe.seq} is longer than n_positions {model.config.n_positions}")
+        return model.train(), tokenizer
+    assert config.model is not None  # load_config refuses a config with neither
+    tokenizer = _tokenizer(config, observe)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is {config.model.vocab_size}"
+        )
+    shape = _with_special_tokens(config.model, tokenizer)
+    model = build(shape)
+    initialise(model, shape, torch.Generator().manual_seed(config.seed))
+    return model, tokenizer
+
+
+def _with_special_tokens(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    eos = tokenizer.eos_token_id
+    return dataclasses.replace(
+        model,
+        bos_token_id=model.bos_token_id if model.bos_token_id is not None else eos,
+        eos_token_id=model.eos_token_id if model.eos_token_id is not None else eos,
+        torch_dtype="float32",
+    )
+
+
+def _tokenizer(config: TrainConfig, observe: Observer) -> Tokenizer:
+    """Open the tokenizer, or learn one from the training texts once and keep it for a resumed run."""
+    choice = config.tokenizer
+    if choice.path is not None:
+        return load_tokenizer(choice.path)
+    folder = config.output_dir / "tokenizer"
+    if not folder.is_dir():
+        observe(Preparing(f"learning a vocabulary of {choice.vocab_size}"))
+        texts: Iterable[str] = (text for source in config.data.train for text in documents(source.file))
+        assert choice.vocab_size is not None  # load_config refuses a config with neither
+        unfinished = folder.with_name(".tokenizer_unfinished")
+        unfinished.mkdir(exist_ok=True)
+        train_bpe(texts, choice.vocab_size).save(unfinished)
+        unfinished.replace(folder)
+    return load_tokenizer(folder)
+
+
+def _bytes_per_token(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
+    """[vocab_size] int64; a special token is no text and counts 0."""
+    lengths = torch.zeros(vocab_size, dtype=torch.int64)
+    for token_id in tokenizer.known_ids:
+        if not tokenizer.is_special(token_id):
+            lengths[token_id] = len(tokenizer.token_bytes(token_id))
+    return lengths
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if bf16 else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
