@@ -1,5 +1,7 @@
 """Bytes on disk to a `state_dict` and back."""
 
 from bluejay.checkpoints.formats import Checkpoint, TensorInfo, open_checkpoint
+from bluejay.checkpoints.load import load_model
+from bluejay.checkpoints.save import copy_tokenizer_files, save
 
-__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
+__all__ = ["Checkpoint", "TensorInfo", "copy_tokenizer_files", "load_model", "open_checkpoint", "save"]

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from bluejay.checkpoints.files import short
 from bluejay.checkpoints.keymaps import HEAD, LEGACY_BUFFER, PREFIX, TIED_HEAD_WEIGHT
-from bluejay.errors import CheckpointError
+from bluejay.errors import CheckpointError, ConfigError
 from bluejay.model import ModelConfig, build
 
 # A wrong config can make every one of some hundred keys wrong; a screenful of them tells as much as all.
-MAX_PRINTED_KEYS = 20
+MAX_PRINTED = 20
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,15 @@ def open_checkpoint(path: Path, *, config: Path | None = None) -> Checkpoint:
         config: the config file, where it is not the config.json beside the weights.
     Raises: CheckpointError if there are no weights or they are damaged or unsafe; ConfigError for a wrong config.
     """
-    from bluejay.checkpoints import hf, mesh_jax
+    from bluejay.checkpoints import hf
 
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
-    if path.is_dir() and mesh_jax.is_mesh_jax(path):
-        return mesh_jax.MeshJaxCheckpoint.open(path, config)
+    if path.is_dir() and not any((path / name).exists() for name in hf.WEIGHTS):
+        from bluejay.checkpoints import mesh_jax
+
+        if mesh_jax.is_mesh_jax(path):
+            return mesh_jax.MeshJaxCheckpoint.open(path, config)
     return hf.HFCheckpoint.open(path, config)
 
 
@@ -133,15 +140,28 @@ def check_keys(tensors: Mapping[str, TensorInfo], config: ModelConfig, path: Pat
     problems = key_problems(tensors, config)
     if not problems:
         return
-    lines = problems[:MAX_PRINTED_KEYS]
-    if len(problems) > len(lines):
-        lines.append(f"and {len(problems) - len(lines)} more")
     raise CheckpointError(
-        f"{path}: the weights are not those of the config ({config.model_type}):\n  " + "\n  ".join(lines)
+        f"{path}: the weights are not those of the config ({config.model_type}):\n{listing(problems)}"
     )
 
 
-def short(name: object) -> str:
-    """A name out of an untrusted file, quoted, escaped and cut to a length that fits a message."""
-    text = ascii(name) if isinstance(name, str) and len(name) <= 120 else ascii(str(name)[:100]) + "…"
-    return text
+def check_dtype(dtype: torch.dtype) -> torch.dtype:
+    """A dtype in which networks are kept.
+
+    Raises: ConfigError for any other.
+    """
+    if dtype not in WEIGHT_DTYPES:
+        raise ConfigError(f"dtype is {dtype}, expected one of {', '.join(map(str, WEIGHT_DTYPES))}")
+    return dtype
+
+
+def widest_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype that holds all of these; float32 for float64, in which no network is run."""
+    found = reduce(torch.promote_types, dtypes)
+    return torch.float32 if found == torch.float64 else found
+
+
+def listing(problems: Sequence[str]) -> str:
+    """Problems as the lines of a message: the first 20, and how many more."""
+    more = [f"and {len(problems) - MAX_PRINTED} more"] if len(problems) > MAX_PRINTED else []
+    return "\n".join(f"  {line}" for line in [*problems[:MAX_PRINTED], *more])
