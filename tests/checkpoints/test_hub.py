@@ -361,6 +361,8 @@ def test_verify_says_what_it_cannot_check(server: SmallHub, cache: Path) -> None
 def test_remove_frees_the_space(server: SmallHub, cache: Path) -> None:
     path = pull(server, cache)
     size = sum(file.stat().st_size for file in path.iterdir())
+    assert hub.remove(NAME, dry_run=True, cache_dir=cache) >= size
+    assert hub.resolve(NAME, cache_dir=cache) == path
     assert hub.remove(NAME, cache_dir=cache) >= size
     assert not (cache / "models--owner--tiny-gpt-j").exists()
     with pytest.raises(ModelNotFound):
@@ -371,7 +373,8 @@ def test_remove_one_revision_keeps_what_the_other_needs(server: SmallHub, cache:
     server.add(NAME, model_files(b"half"), revision="float16")
     server.add("a/copy", model_files(WEIGHTS))
     whole, half, copy = pull(server, cache), pull(server, cache, f"{NAME}@float16"), pull(server, cache, "a/copy")
-    assert hub.remove(NAME, "float16", cache_dir=cache) < 1000
+    assert hub.remove(NAME, "float16", dry_run=True, cache_dir=cache) == len(b"half")
+    assert hub.remove(NAME, "float16", cache_dir=cache) == len(b"half")
     assert not half.exists()
     assert not hub.verify(NAME, cache_dir=cache).damaged
     assert hub.remove(f"{NAME}@main", cache_dir=cache) > len(WEIGHTS)

@@ -21,11 +21,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from bluejay.checkpoints import blobs
 from bluejay.checkpoints.hub_names import HubName
 from bluejay.errors import CheckpointError, ConfigError, InvalidRequest, ModelNotFound
 from bluejay.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from huggingface_hub import DeleteCacheStrategy
 
 DEFAULT_MODEL = "default"
 DEFAULT_MODEL_DIR = Path(__file__).resolve().parents[1] / "default_model"
@@ -141,9 +145,15 @@ def verify(name: str, revision: str | None = None, *, cache_dir: Path | None = N
     return Verification(snapshot, num_checked, tuple(damaged), tuple(unchecked))
 
 
-def remove(name: str, revision: str | None = None, *, cache_dir: Path | None = None) -> int:
-    """Delete a model from the cache: one revision where one is named, else all of them; return the bytes freed.
+def remove(name: str, revision: str | None = None, *, dry_run: bool = False, cache_dir: Path | None = None) -> int:
+    """Delete a model from the cache: one revision where one is named, else all of them.
 
+    Args:
+        name: NAME[@REVISION], or a short name such as gpt-j-6b.
+        revision: branch, tag or commit, where it is not part of the name.
+        dry_run: delete nothing, only say what would be freed.
+        cache_dir: None means huggingface_hub's cache.
+    Returns: the bytes freed; files that another revision needs stay and do not count.
     Raises: InvalidRequest for the default model; ModelNotFound if the model is not here; CheckpointError if it stays.
     """
     if name == DEFAULT_MODEL:
@@ -151,17 +161,20 @@ def remove(name: str, revision: str | None = None, *, cache_dir: Path | None = N
     model = HubName.parse(name, revision)
     cache = cache_folder(cache_dir)
     storage = storage_of(model, cache)
-    before = _disk_bytes(storage)
-    if revision is None and "@" not in name:
-        if not storage.is_dir():
-            raise _not_cached(model, cache)
-        target = storage
-    else:
-        target = find_snapshot(model, cache, complete=False)
-    _delete(target, storage, cache)
-    if target.exists():
-        raise CheckpointError(f"{target} could not be removed; check who owns it, or remove the folder by hand")
-    return before - _disk_bytes(storage)
+    whole = revision is None and "@" not in name
+    if whole and not storage.is_dir():
+        raise _not_cached(model, cache)
+    target = storage if whole else find_snapshot(model, cache, complete=False)
+    plan = _deletion(storage, None if whole else target.name)
+    freed = _content_bytes(storage) if whole else plan.expected_freed_size
+    if not dry_run:
+        plan.execute()
+        if whole:  # and what huggingface_hub does not count: parts of downloads, broken links, locks
+            shutil.rmtree(storage, ignore_errors=True)
+            shutil.rmtree(cache / ".locks" / storage.name, ignore_errors=True)
+        if target.exists():
+            raise CheckpointError(f"{target} could not be removed; check who owns it, or remove the folder by hand")
+    return freed
 
 
 def weight_files(names: Iterable[str]) -> tuple[str | None, list[str]]:
@@ -267,20 +280,18 @@ def _verify_manifest(directory: Path) -> Verification:
     return Verification(directory, num_checked, tuple(damaged))
 
 
-def _delete(target: Path, storage: Path, cache: Path) -> None:
-    """Delete a whole model, or one snapshot with the blobs that no other snapshot needs."""
+def _deletion(storage: Path, commit: str | None) -> DeleteCacheStrategy:
+    """huggingface_hub's plan to delete one commit, or all, with the blobs that then nothing needs."""
     from huggingface_hub import scan_cache_dir
 
-    scan = scan_cache_dir(cache)
+    scan = scan_cache_dir(storage.parent)
     # A copy of the model under another name has the same commits: only this one is meant.
     own = frozenset(repo for repo in scan.repos if repo.repo_path.name == storage.name)
     commits = {cached.commit_hash for repo in own for cached in repo.revisions}
-    doomed = commits if target == storage else commits & {target.name}
-    dataclasses.replace(scan, repos=own).delete_revisions(*doomed).execute()
-    if target == storage:  # and what the scan does not count: parts of downloads, broken links, locks
-        shutil.rmtree(storage, ignore_errors=True)
-        shutil.rmtree(cache / ".locks" / storage.name, ignore_errors=True)
+    return dataclasses.replace(scan, repos=own).delete_revisions(*(commits if commit is None else commits & {commit}))
 
 
-def _disk_bytes(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+def _content_bytes(storage: Path) -> int:
+    """What the content of a model takes on the disk; parts of downloads are content too."""
+    paths = [path for folder in ("blobs", "snapshots") for path in (storage / folder).rglob("*")]
+    return sum(path.stat().st_size for path in paths if path.is_file() and not path.is_symlink())
