@@ -6,10 +6,14 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -88,7 +92,7 @@ Observer = Callable[[Event], None]
 def train(config: TrainConfig, observe: Observer, *, resume: bool = False, device: str = "auto") -> Path:
     """Run a recipe to its end, or on from its last checkpoint.
 
-    KeyboardInterrupt saves a checkpoint before it goes on up.
+    SIGINT (Ctrl-C) lets the step end, saves a checkpoint and raises KeyboardInterrupt; a second one does not wait.
 
     Args:
         observe: told of every event, in order.
@@ -100,17 +104,36 @@ def train(config: TrainConfig, observe: Observer, *, resume: bool = False, devic
     run = Run(config, observe, torch.device(_device(device)))
     step = run.restore(resume)
     observe(run.describe(step))
-    try:
+    with _deferred_interrupt() as interrupted:
         while step < config.recipe.total_steps:
             step = run.step(step)
-            if step % config.recipe.val_every == 0 or step == config.recipe.total_steps:
+            last = step == config.recipe.total_steps
+            if last or step % config.recipe.val_every == 0:
                 run.validate(step)
-            if step % config.recipe.ckpt_every == 0 or step == config.recipe.total_steps:
+            if last or interrupted() or step % config.recipe.ckpt_every == 0:
                 run.save(step)
-    except KeyboardInterrupt:
-        run.save(step)
-        raise
+            if interrupted():
+                raise KeyboardInterrupt
     return run.finish()
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C is noted and not raised, so that it never cuts a step in two; the second one is raised at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # signals reach the main thread alone
+        return
+    signals: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, previous)
+        signals.append(number)
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(signals)
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class Run:
