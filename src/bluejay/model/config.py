@@ -54,6 +54,7 @@ _DERIVED_KEYS = {
     "attention_layers",
     "transformers_version",
 }
+_MAX_LAYERS = 10_000  # far beyond any network, far below what would hurt
 _ARCHITECTURES = {"gptj": "GPTJForCausalLM", "gpt_neo": "GPTNeoForCausalLM"}
 
 
@@ -165,7 +166,7 @@ class ModelConfig:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file; a checkpoint directory needs a config.json") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: not readable as JSON: {error}") from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{path}: holds {type(raw).__name__}, expected an object")
@@ -192,17 +193,22 @@ class ModelConfig:
 
 def _attention_layers(raw: Mapping[str, Any], n_layer: Any, where: str) -> tuple[AttentionKind, ...]:
     """Spell out GPT-Neo's `attention_types`: [[["global", "local"], 6]] is twelve layers."""
-    if "attention_types" not in raw and "attention_layers" in raw:
+    if "attention_types" not in raw and isinstance(raw.get("attention_layers"), list):
         return tuple(raw["attention_layers"])
     types = raw.get("attention_types", [[["global", "local"], n_layer // 2 if isinstance(n_layer, int) else 0]])
+    layers: list[AttentionKind] = []
     try:
-        if sum(len(pattern) * count for pattern, count in types) > 100_000:
-            raise ConfigError(f"{where}: attention_types names more than 100,000 layers")
-        return tuple(kind for pattern, count in types for _ in range(count) for kind in pattern)
+        for pattern, count in types:
+            # Counted before anything is made: a hostile count must not fill the memory.
+            if not 0 <= len(pattern) * count <= _MAX_LAYERS - len(layers):
+                raise ValueError
+            layers += list(pattern) * count
     except (TypeError, ValueError):
         raise ConfigError(
-            f'{where}: attention_types is {str(types)[:200]}, expected pairs such as [[["global", "local"], 6]]'
+            f'{where}: attention_types is {str(types)[:200]}, expected pairs such as [[["global", "local"], 6]] '
+            f"of at most {_MAX_LAYERS:,} layers"
         ) from None
+    return tuple(layers)
 
 
 def _problems(config: ModelConfig) -> list[str]:
@@ -214,15 +220,21 @@ def _problems(config: ModelConfig) -> list[str]:
     for name in sizes:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**31 - 1:
-            found.append(f"{name} is {value!r}, expected a whole number from 1 to 2^31 - 1")
+            found.append(f"{name} is {str(value)[:50]}, expected a whole number from 1 to 2^31 - 1")
+        elif name == "n_layer" and value > _MAX_LAYERS:
+            found.append(f"n_layer is {value}, expected at most {_MAX_LAYERS:,}")
     for name in ("bos_token_id", "eos_token_id"):
         value = getattr(config, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            found.append(f"{name} is {value!r}, expected a token id or null")
+            found.append(f"{name} is {str(value)[:50]}, expected a token id or null")
+    if not isinstance(config.tie_word_embeddings, bool):
+        found.append(f"tie_word_embeddings is {config.tie_word_embeddings!r}, expected true or false")
     if config.activation_function not in ACTIVATIONS:
         found.append(f"activation_function is {config.activation_function!r}, expected one of {list(ACTIVATIONS)}")
-    if not isinstance(config.layer_norm_epsilon, int | float) or not 0 < config.layer_norm_epsilon < 1:
-        found.append(f"layer_norm_epsilon is {config.layer_norm_epsilon!r}, expected a number between 0 and 1")
+    for name in ("layer_norm_epsilon", "initializer_range"):
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1:
+            found.append(f"{name} is {str(value)[:50]}, expected a number between 0 and 1")
     if found:
         return found
     if config.n_embd % config.n_head:
@@ -232,8 +244,8 @@ def _problems(config: ModelConfig) -> list[str]:
     if config.model_type == "gpt_neo":
         if len(config.attention_layers) != config.n_layer:
             found.append(f"attention_layers names {len(config.attention_layers)} layers, n_layer is {config.n_layer}")
-        if unknown := set(config.attention_layers) - {"global", "local"}:
-            found.append(f"attention_layers holds {sorted(map(str, unknown))}, expected 'global' or 'local'")
+        if unknown := [kind for kind in config.attention_layers if kind not in ("global", "local")]:
+            found.append(f"attention_layers holds {str(unknown[:5])[:200]}, expected 'global' or 'local'")
     return found
 
 

@@ -6,6 +6,7 @@ have bytes. One character may span several tokens, so the bytes of a single toke
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -106,6 +107,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """The largest known id + 1; a model's embedding may have more rows."""
         return self.known_ids[-1] + 1 if self.known_ids else 0
+
+    def fingerprint(self) -> str:
+        """A sha256 of everything that decides how text becomes ids."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def save(self, directory: Path) -> list[Path]:
         """Write the files that transformers' GPT2Tokenizer and GPT2TokenizerFast open; return their paths."""

@@ -1,0 +1,71 @@
+"""The `bluejay` command: one file per verb, errors and exit codes in one place.
+
+Exit codes: 0 done · 1 failed · 2 wrong option or value · 130 interrupted.
+Torch takes a second to import, so verbs import what they need when they run: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from bluejay import __version__
+from bluejay.cli.convert import convert
+from bluejay.cli.generate import generate
+from bluejay.cli.inspect import inspect
+from bluejay.cli.models import models
+from bluejay.cli.perplexity import perplexity
+from bluejay.cli.pull import pull
+from bluejay.cli.train import train
+from bluejay.errors import BluejayError, ConfigError, RequestError
+
+app = typer.Typer(
+    name="bluejay",
+    help="GPT-J and GPT-Neo on hardware you own: open any checkpoint, generate, convert, train.",
+    epilog='Try: bluejay generate "Once upon a time"',
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(generate)
+app.command()(pull)
+app.add_typer(models, name="models")
+app.command()(inspect)
+app.command()(convert)
+app.command()(train)
+app.command()(perplexity)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"bluejay {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; a `BluejayError` becomes one line on stderr and an exit code."""
+    try:
+        app()
+    except BluejayError as error:
+        typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+        typer.echo(str(error), err=True)
+        sys.exit(2 if isinstance(error, ConfigError | RequestError) else 1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader left (`| head`); nothing more can be said on stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
