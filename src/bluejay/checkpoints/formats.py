@@ -91,7 +91,7 @@ def open_checkpoint(path: Path, *, config: Path | None = None) -> Checkpoint:
 
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
-    if path.is_dir() and not any((path / name).exists() for name in hf.WEIGHTS):
+    if path.is_dir() and not hf.has_weights(path):
         from bluejay.checkpoints import mesh_jax
 
         if mesh_jax.is_mesh_jax(path):
@@ -114,7 +114,7 @@ def weight_names(stored: Iterable[str], config: ModelConfig) -> dict[str, str]:
 
 def key_problems(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> list[str]:
     """Everything in which `tensors` differ from the network of `config`, one line for each key."""
-    # Building a network of a billion layers, even without weights, would eat the machine.
+    # Building a network of ten thousand layers, even without weights, takes a minute.
     if config.n_layer > len(tensors):
         return [f"config: n_layer is {config.n_layer}, but the files hold {len(tensors)} tensors in all"]
     expected = build(config, device="meta").state_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -95,12 +96,16 @@ class HFCheckpoint:
         check_keys(self._tensors, self.config, self.path)
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether a directory has any of Hugging Face's files of weights, be it a link that leads nowhere."""
+    return any(os.path.lexists(directory / name) for name in WEIGHTS)
+
+
 def _find_weights(directory: Path) -> Path:
     """The file or the index that holds the weights of a directory."""
     for name in WEIGHTS:
-        path = inside(directory, name)
-        if path.exists():
-            return path
+        if os.path.lexists(directory / name):
+            return inside(directory, name)
     raise CheckpointError(f"{directory}: holds no weights; looked for {', '.join(WEIGHTS)} and meta.json with shard_0")
 
 

@@ -136,7 +136,7 @@ def _data_start(file: MappedFile, item: _Listed, name: str) -> int:
     """The first byte after the entry's own header, which must agree with the directory."""
     header = file.read(item.header_start, _LOCAL.size)
     magic, _, flags, method, *_, name_bytes, extra_bytes = _LOCAL.unpack(header)
-    own_name = file.read(item.header_start + _LOCAL.size, name_bytes)
-    if magic != MAGIC or flags & 1 or method != 0 or own_name != item.name:
+    named_alike = name_bytes == len(item.name) and file.read(item.header_start + _LOCAL.size, name_bytes) == item.name
+    if magic != MAGIC or flags & 1 or method != 0 or not named_alike:
         raise CheckpointError(f"{file.path}: the header of {short(name)} at byte {item.header_start} is damaged")
-    return item.header_start + _LOCAL.size + len(own_name) + int(extra_bytes)
+    return item.header_start + _LOCAL.size + len(item.name) + int(extra_bytes)
