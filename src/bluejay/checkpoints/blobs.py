@@ -89,8 +89,9 @@ def _digest(path: Path, hasher: hashlib._Hash, label: str) -> str:
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # public, but not in its __all__
 
     size = path.stat().st_size
-    short = size < 256 * _CHUNK_BYTES  # read within a second: no bar
-    bar = tqdm(total=size, desc=f"checking {label}", unit="B", unit_scale=True, disable=short)  # type: ignore[no-untyped-call]
+    # No bar for what is read within a second; None leaves it to tqdm to draw on terminals only.
+    hidden = True if size < 256 * _CHUNK_BYTES else None
+    bar = tqdm(total=size, desc=f"checking {label}", unit="B", unit_scale=True, disable=hidden)  # type: ignore[no-untyped-call]
     with path.open("rb") as file, bar:
         while chunk := file.read(_CHUNK_BYTES):
             hasher.update(chunk)

@@ -11,8 +11,8 @@ def pull(
     names: Annotated[
         list[str],
         typer.Argument(
-            metavar="NAME...",
-            help="OWNER/NAME[@REVISION] as on the hub, or gpt-j-6b, gpt-neo-125m, gpt-neo-1.3b, gpt-neo-2.7b.",
+            metavar="NAME",
+            help=r"OWNER/NAME\[@REVISION] as on the hub, or gpt-j-6b, gpt-neo-125m, gpt-neo-1.3b, gpt-neo-2.7b.",
             show_default=False,
         ),
     ],
