@@ -1,0 +1,181 @@
+"""`LLM`: open a model by name, generate, stream, score and embed text, in process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bluejay import checkpoints
+from bluejay.checkpoints import hub
+from bluejay.decoding.params import SamplingParams
+from bluejay.engine.device import available_memory_bytes, choose_device, choose_dtype
+from bluejay.engine.plain import PlainEngine
+from bluejay.engine.request import GenerationEvent, GenerationRequest, RequestOutput, Score
+from bluejay.errors import CheckpointError, InvalidRequest
+from bluejay.model.gpt_neo import GPTNeo
+from bluejay.model.gptj import GPTJ
+from bluejay.tokenizer import load_tokenizer
+
+Prompt = str | Sequence[int]
+Progress = Callable[[int, int], None]
+
+DEFAULT_MODEL = "default"
+
+
+class LLM:
+    """A model and its tokenizer, ready to work.
+
+    Args:
+        model: a checkpoint directory, the name of a pulled model ("gpt-j-6b", "owner/name@revision"), or None for the
+            default model that comes with the package.
+        dtype: "float32", "bfloat16", "float16", or "auto": as stored, but float32 on a CPU where float16 was stored
+            and the memory allows it (else bfloat16), and bfloat16 on a GPU where float32 was stored.
+        device: "cpu", "cuda", "cuda:1", "mps", or "auto": a GPU if there is one.
+        on_progress: called with bytes read and bytes in all while weights load.
+
+    Attributes:
+        name, path: what was asked for, and the directory it was found in.
+        config, tokenizer, model, device, dtype: what was opened.
+
+    Raises: ModelNotFound, CheckpointError, ConfigError.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        on_progress: Progress | None = None,
+    ) -> None:
+        self.name = str(model) if model is not None else DEFAULT_MODEL
+        self.path = hub.resolve(self.name)
+        self.device = choose_device(device)
+        self.model, self.dtype = _load(self.path, dtype, self.device, on_progress)
+        self.config = self.model.config
+        self.tokenizer = load_tokenizer(self.path if self.path.is_dir() else self.path.parent)
+        if self.tokenizer.vocab_size > self.config.vocab_size:
+            raise CheckpointError(
+                f"{self.path}: the tokenizer has ids up to {self.tokenizer.vocab_size - 1}, the model's embedding has "
+                f"{self.config.vocab_size} rows: they belong to different models"
+            )
+        self._engine = PlainEngine(self.model, self.tokenizer, device=self.device)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Go on from each prompt.
+
+        Args:
+            prompts: one prompt or several, each a text or token ids. An empty text begins at <|endoftext|>, as
+                documents did in training.
+            params: options for all prompts, or one for each; None is `SamplingParams()`: 20 tokens, the likeliest ones.
+        Returns: one output for each prompt, in their order; `output.text` is the new text alone.
+        Raises: RequestError, before anything runs.
+        """
+        texts = _as_list(prompts)
+        requests = self._requests(texts, params)
+        outputs = self._engine.generate(requests)
+        for output, text in zip(outputs, texts, strict=True):
+            output.prompt = text if isinstance(text, str) else self.tokenizer.decode(text)
+        return outputs
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """Yield the new text of one prompt as it comes, in pieces of whole characters.
+
+        A beam search knows its text only at the end and yields it then. Raises: RequestError, before anything runs.
+        """
+        events = self.stream_events([prompt], params)
+        return (event.text for event in events if event.index == 0 and event.text)
+
+    def stream_events(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[GenerationEvent]:
+        """What each step brings to each sequence: token ids, text, log-probabilities, why it ended.
+
+        Raises: RequestError, before anything runs.
+        """
+        return self._engine.stream(self._requests(list(prompts), params))
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
+        """How likely each continuation is behind its context, and whether greedy decoding would say it.
+
+        Spaces at the end of a context count as the continuation's, and both are encoded together, so that words meet
+        as they do in a text. An empty context is <|endoftext|>. Source: lm-eval's `_encode_pair`.
+        Raises: RequestError for an empty continuation, or a pair longer than the model's context.
+        """
+        return self._engine.score([self._encode_pair(*pair) for pair in pairs])
+
+    def embed(self, texts: str | Sequence[str]) -> Tensor:
+        """One vector for each text: the mean over its tokens of the last hidden states.
+
+        Returns: [n, n_embd] float32, on the CPU. Raises: RequestError for an empty or too long text.
+        """
+        return self._engine.embed([self.tokenizer.encode(text) for text in _as_list(texts)])
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids that a prompt begins with; <|endoftext|> for an empty text."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        ids = self.tokenizer.encode(prompt)
+        return ids if ids or self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+
+    def _requests(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[GenerationRequest]:
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise InvalidRequest(
+                f"there are {len(prompts)} prompts and {len(params)} sets of options; give one for all or one for each",
+                param="params",
+            )
+        return [GenerationRequest(self.encode(prompt), own) for prompt, own in zip(prompts, params, strict=True)]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        kept = context.rstrip()
+        continuation = context[len(kept) :] + continuation
+        if not continuation:
+            raise InvalidRequest("the continuation is empty; there is nothing to score", param="continuation")
+        if not kept:
+            return self.encode(""), self.tokenizer.encode(continuation)
+        context_ids = self.tokenizer.encode(kept)
+        return context_ids, self.tokenizer.encode(kept + continuation)[len(context_ids) :]
+
+
+def load(
+    model: str | Path | None = None, *, dtype: str = "auto", device: str = "auto", trainable: bool = False
+) -> GPTJ | GPTNeo:
+    """Open just the network: `forward(input_ids, positions, attend)` and `logits(hidden_states)`.
+
+    Args: as `LLM`; `trainable` makes parameters that ask for gradients.
+    """
+    chosen = choose_device(device)
+    path = hub.resolve(str(model) if model is not None else DEFAULT_MODEL)
+    return _load(path, dtype, chosen, None, trainable=trainable)[0]
+
+
+def _load(
+    path: Path, dtype: str, device: torch.device, on_progress: Progress | None, *, trainable: bool = False
+) -> tuple[GPTJ | GPTNeo, torch.dtype]:
+    checkpoint = checkpoints.open_checkpoint(path)
+    infos = checkpoint.tensors().values()
+    stored = {info.dtype for info in infos}
+    num_parameters = sum(info.num_bytes // info.dtype.itemsize for info in infos)
+    chosen = choose_dtype(dtype, stored, device, num_parameters, available_memory_bytes())
+    model = checkpoints.load_model(
+        checkpoint, dtype=chosen, device=device, trainable=trainable, on_progress=on_progress
+    )
+    return model, chosen
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt (a text, or ids) or several."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

@@ -1,0 +1,123 @@
+"""What goes into generation and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from bluejay.decoding.params import SamplingParams
+from bluejay.decoding.sampler import TokenLogprobs
+from bluejay.decoding.stopping import FinishReason
+
+__all__ = ["FinishReason", "GenerationEvent", "GenerationRequest", "RequestOutput", "Score", "SequenceOutput"]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A prompt and how to go on from it."""
+
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class GenerationEvent:
+    """What one step brought for one sequence of one request.
+
+    Greedy and sampled sequences bring one token each step. A beam search knows its answers only at its end: each comes
+    in one event with all its tokens.
+
+    Attributes:
+        request: the request's place in the list that was asked for.
+        index: the sequence's number within its request; the best beam is 0.
+        token_ids: the new tokens; none where no token could be chosen.
+        text: what may be shown now, whole characters only; "" where no tokenizer is at hand.
+        logprobs: one for each token where asked for, else empty.
+        finish_reason: why the sequence ends with this event, None while it goes on.
+        beam_score: log-probability over length ** length_penalty, of a beam search.
+    """
+
+    request: int
+    index: int
+    token_ids: list[int]
+    text: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    beam_score: float | None = None
+
+
+@dataclass
+class SequenceOutput:
+    """One answer.
+
+    Attributes:
+        token_ids: the new tokens, an end-of-text that ended them included.
+        text: the new text, without special tokens and up to a stop text.
+        finish_reason: why it ended.
+        logprobs: one for each token; None where not asked for.
+        cumulative_logprob: the sum of the tokens' log-probabilities; None where `logprobs` is.
+        beam_score: log-probability over length ** length_penalty; None without beams.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    beam_score: float | None = None
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        return None if self.logprobs is None else sum(token.logprob for token in self.logprobs)
+
+    def add(self, event: GenerationEvent) -> None:
+        """Append what an event brought."""
+        self.token_ids += event.token_ids
+        self.text += event.text
+        if self.logprobs is not None:
+            self.logprobs += event.logprobs
+        self.finish_reason = event.finish_reason
+        self.beam_score = event.beam_score
+
+
+@dataclass
+class RequestOutput:
+    """All answers to one prompt; `text`, `token_ids`, `finish_reason` and `logprobs` are those of the first.
+
+    Attributes:
+        prompt_token_ids: the prompt.
+        sequences: `num_return_sequences` answers; of beams the best comes first.
+        prompt_logprobs: one for each token of the prompt, None for the first; None where not asked for.
+    """
+
+    prompt_token_ids: list[int]
+    sequences: list[SequenceOutput]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+    @property
+    def text(self) -> str:
+        return self.sequences[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.sequences[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.sequences[0].finish_reason
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None:
+        return self.sequences[0].logprobs
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a model finds a continuation.
+
+    Attributes:
+        logprob: natural log-probability of the whole continuation.
+        is_greedy: whether each of its tokens is the likeliest one.
+    """
+
+    logprob: float
+    is_greedy: bool
