@@ -1,7 +1,6 @@
 """Hugging Face directories: every layout opens, every key is accounted for, no name leads out of the directory."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -303,7 +302,7 @@ def test_the_links_of_hugging_face_s_cache_are_followed(tmp_path: Path, tiny_gpt
     write_config(tiny_gptj, blobs)
     snapshot.mkdir(parents=True)
     save_file(tiny_gptj.state_dict(), blobs / "1f2e")
-    os.replace(blobs / "config.json", blobs / "a0b1")
+    (blobs / "config.json").replace(blobs / "a0b1")
     (snapshot / "config.json").symlink_to("../../blobs/a0b1")
     (snapshot / "model.safetensors").symlink_to("../../blobs/1f2e")
     open_checkpoint(snapshot).check()

@@ -18,11 +18,15 @@ from bluejay.errors import CheckpointError
 EXTENSION = 0x7B
 
 
+def empty_dict() -> dict[str, object]:
+    return {}
+
+
 def run(data: bytes) -> object:
     return PickleMachine(
         data,
         where="pytorch_model.bin",
-        constructors={"collections.OrderedDict": lambda: {}},
+        constructors={"collections.OrderedDict": empty_dict},
         names=frozenset({"torch.FloatStorage"}),
         persistent=lambda identity: identity,
     ).run()
