@@ -1,12 +1,17 @@
+import contextlib
 import errno
+import functools
 import json
 import shutil
+import sys
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bluejay.checkpoints import blobs, hub, hub_cache
 from bluejay.errors import CheckpointError, ConfigError, InvalidRequest, ModelNotFound
@@ -73,7 +78,7 @@ def test_pull_again_fetches_no_content(server: SmallHub, cache: Path) -> None:
     pull(server, cache)
     server.requests.clear()
     pull(server, cache)
-    assert server.fetched() == []
+    assert server.fetched() == server.fetched("HEAD") == []
 
 
 def test_weights_as_pickles_where_there_are_no_others(server: SmallHub, cache: Path) -> None:
@@ -264,12 +269,55 @@ def test_names_that_trick_reach_no_file_and_no_hub(server: SmallHub, cache: Path
     assert not cache.exists()
 
 
+class Opened:
+    """Keeps the paths that Python opens or lists while the block runs; an audit hook cannot be taken out again."""
+
+    def __init__(self) -> None:
+        self.paths: list[Path] = []
+        self.listening = False
+        sys.addaudithook(self.hear)
+
+    def hear(self, event: str, arguments: tuple[object, ...]) -> None:
+        if self.listening and event in ("open", "os.listdir", "os.scandir", "os.remove", "os.rename", "os.rmdir"):
+            self.paths.append(Path(str(arguments[0])).resolve())
+
+    def __enter__(self) -> None:
+        self.listening = True
+
+    def __exit__(self, *_: object) -> None:
+        self.listening = False
+
+
+def test_whatever_the_name_nothing_outside_the_cache_is_opened(server: SmallHub, cache: Path) -> None:
+    pull(server, cache)
+    hub.verify(NAME, cache_dir=cache)  # and so all that is imported on the way is imported
+    hub.remove(NAME, dry_run=True, cache_dir=cache)
+    opened = Opened()
+    part = st.sampled_from(
+        ["..", ".", "", "owner", "tiny-gpt-j", "a", "\x00", "~", "%2e%2e", "\u2215", "etc", "passwd"]
+    )
+    path = st.lists(part, max_size=6).map("/".join)
+
+    @given(name=st.one_of(path, st.tuples(path, path).map("@".join), st.text()))
+    @settings(max_examples=300, deadline=None)
+    def check(name: str) -> None:
+        for function in (hub.verify, functools.partial(hub.remove, dry_run=True)):
+            with opened, contextlib.suppress(InvalidRequest, ModelNotFound):
+                function(name, cache_dir=cache)
+
+    check()
+    assert opened.paths
+    assert [found for found in opened.paths if not found.is_relative_to(cache)] == []
+
+
 def test_resolve_takes_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").mkdir()
     assert hub.resolve(str(tmp_path / "model")) == tmp_path / "model"
     monkeypatch.chdir(tmp_path)
     assert hub.resolve("model").samefile(tmp_path / "model")
     assert hub.resolve("./model").samefile(tmp_path / "model")
+    with pytest.raises(InvalidRequest, match="'model' is not a model of the hub and has no revision 'v1'"):
+        hub.resolve("model", "v1")
 
 
 @pytest.mark.parametrize(
@@ -415,6 +463,9 @@ def test_the_default_model_is_first_and_stays(default: Path, server: SmallHub, c
     assert (first.name, first.revision, first.path, first.format) == ("default", None, default, "safetensors")
     assert second.name == "a/a"
     assert hub.resolve("default") == default
+    for function in (hub.resolve, hub.verify):
+        with pytest.raises(InvalidRequest, match="has no revision"):
+            function("default", "v1")
     with pytest.raises(InvalidRequest, match="cannot be removed"):
         hub.remove("default")
     with pytest.raises(InvalidRequest, match="nothing to pull"):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from bluejay.errors import CheckpointError, InvalidRequest
-from bluejay.tokenizer import Tokenizer, load_tokenizer
+from bluejay.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from bluejay.tokenizer.byte_level import BYTE_OF_SYMBOL, byte_level_backend
 
 # By transformers 4.56.2: GPT2TokenizerFast and GPT2Tokenizer agree on them.
@@ -163,6 +163,12 @@ def test_save_and_load_give_the_same_tokenizer(small: Tokenizer, tmp_path: Path)
     assert again.encode(text) == small.encode(text)
     assert again.known_ids == small.known_ids
     assert again.eos_token_id == small.eos_token_id
+
+
+def test_the_fingerprint_tells_tokenizers_apart(small: Tokenizer, corpus: list[str], tmp_path: Path) -> None:
+    small.save(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint() == small.fingerprint()
+    assert train_bpe(corpus, 279).fingerprint() != small.fingerprint()
 
 
 def test_saved_vocabulary_and_merges_suffice(small: Tokenizer, tmp_path: Path) -> None:

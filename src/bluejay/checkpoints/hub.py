@@ -24,6 +24,7 @@ from bluejay.checkpoints.hub_cache import (
     default_model,
     find_snapshot,
     list_models,
+    refuse_revision,
     remove,
     snapshot_of,
     storage_of,
@@ -33,7 +34,7 @@ from bluejay.checkpoints.hub_cache import (
 )
 from bluejay.checkpoints.hub_names import HubName
 from bluejay.checkpoints.keymaps import TOKENIZER_FILES
-from bluejay.errors import BluejayError, CheckpointError, InvalidRequest, ModelNotFound
+from bluejay.errors import CheckpointError, InvalidRequest, ModelNotFound
 from bluejay.model.config import ModelConfig
 
 __all__ = ["CachedModel", "DamagedFile", "Verification", "list_models", "pull", "remove", "resolve", "verify"]
@@ -96,12 +97,17 @@ def resolve(
         revision: branch, tag or commit, where it is not part of the name.
         local_files_only: False pulls a model that is not there.
         cache_dir: None means huggingface_hub's cache.
-    Raises: ModelNotFound with the command that fetches the model; InvalidRequest if the name breaks the rules.
+
+    Raises:
+        ModelNotFound: not here; the message has the command that fetches it.
+        InvalidRequest: the name breaks the rules, or a revision is asked of a path or of the default model.
     """
     if name == DEFAULT_MODEL:
+        refuse_revision(name, revision)
         return default_model()
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # too long, no such user, a NUL: no path, then
         if name and (path := Path(name).expanduser()).exists():
+            refuse_revision(name, revision)
             return path
     if name.startswith(("/", "./", "../", "~")):
         raise ModelNotFound(f"{name!r}: no such file or directory", param="model")
@@ -139,12 +145,14 @@ class _Transfer:
     cache: Path
 
     def fetch(self, names: list[str]) -> None:
-        """Bring files into the cache, after a look at the free space."""
-        files = [file for name in names if not (file := self._remote_file(name)).blob.exists()]
+        """Bring those files into the cache that are not there, after a look at the free space."""
+        snapshot = snapshot_of(self.model, self.commit, self.cache)
+        absent = [name for name in names if not (snapshot / name).exists()]
+        files = [file for name in absent if not (file := self._remote_file(name)).blob.exists()]
         _check_space(files, self.cache)
         for file in files:
             self._fetch_blob(file)
-        for name in names:
+        for name in absent:
             self._link(name)
 
     def _remote_file(self, name: str) -> _RemoteFile:
@@ -205,8 +213,6 @@ def _explained(model: HubName, endpoint: str, cache: Path) -> Iterator[None]:
     again = f"what has come is kept, so go on with: bluejay pull {model}"
     try:
         yield
-    except BluejayError:
-        raise
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{model} is gated: accept its terms at {endpoint}/{model.repo_id}, then set HF_TOKEN to your token"

@@ -97,6 +97,12 @@ def default_model() -> Path:
     return DEFAULT_MODEL_DIR
 
 
+def refuse_revision(name: str, revision: str | None) -> None:
+    """Raise InvalidRequest if a revision is asked of what has none."""
+    if revision is not None:
+        raise InvalidRequest(f"{name!r} is not a model of the hub and has no revision {revision!r}", param="revision")
+
+
 def list_models(*, cache_dir: Path | None = None) -> list[CachedModel]:
     """All models here that Bluejay can open: the default model first, then those of the cache by name."""
     from huggingface_hub import scan_cache_dir
@@ -125,6 +131,7 @@ def verify(name: str, revision: str | None = None, *, cache_dir: Path | None = N
     Raises: ModelNotFound if the model is not here; CheckpointError if the default model's list of hashes is broken.
     """
     if name == DEFAULT_MODEL:
+        refuse_revision(name, revision)
         return _verify_manifest(DEFAULT_MODEL_DIR)
     snapshot = find_snapshot(HubName.parse(name, revision), cache_folder(cache_dir), complete=False)
     damaged, unchecked, num_checked = [], [], 0
