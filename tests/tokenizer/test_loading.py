@@ -39,6 +39,9 @@ def test_gpt_j_padding_tokens_are_no_tokens(gpt2_files: Path, tmp_path: Path) ->
     # As transformers does, text that spells one out still gets its id.
     assert gpt_j.encode("<|extratoken_143|>") == [50399]
     assert gpt_j.token_text(50399) == "<|extratoken_143|>"
+    gpt_j.save(tmp_path)  # now with a tokenizer.json, as GPT-J comes
+    assert load_tokenizer(tmp_path).known_ids == gpt_j.known_ids
+    assert load_tokenizer(tmp_path).encode("<|extratoken_143|>") == [50399]
 
 
 def test_tokenizer_json_comes_first(small: Tokenizer, directory: Path) -> None:
