@@ -114,7 +114,8 @@ class LLM:
 
         Returns: [n, n_embd] float32, on the CPU. Raises: RequestError for an empty or too long text.
         """
-        return self._engine.embed([self.tokenizer.encode(text) for text in _as_list(texts)])
+        listed = [texts] if isinstance(texts, str) else texts
+        return self._engine.embed([self.tokenizer.encode(text) for text in listed])
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids that a prompt begins with; <|endoftext|> for an empty text."""

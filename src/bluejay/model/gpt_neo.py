@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bluejay.model.attention import Attend
 from bluejay.model.config import ModelConfig
-from bluejay.model.layers import ACTIVATION, Head
+from bluejay.model.layers import ACTIVATION, Embedding, Head, Linear
 
 
 class SelfAttention(nn.Module):
@@ -18,10 +18,10 @@ class SelfAttention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.window = config.window(layer)
-        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.k_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.v_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=True)
+        self.q_proj = Linear(config.n_embd, config.n_embd, bias=False)
+        self.k_proj = Linear(config.n_embd, config.n_embd, bias=False)
+        self.v_proj = Linear(config.n_embd, config.n_embd, bias=False)
+        self.out_proj = Linear(config.n_embd, config.n_embd, bias=True)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         heads = (*x.shape[:-1], self.n_head, -1)
@@ -47,8 +47,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, config.inner_dim)
-        self.c_proj = nn.Linear(config.inner_dim, config.n_embd)
+        self.c_fc = Linear(config.n_embd, config.inner_dim)
+        self.c_proj = Linear(config.inner_dim, config.n_embd)
         self.activation = ACTIVATION[config.activation_function]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 

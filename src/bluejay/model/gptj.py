@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bluejay.model.attention import Attend
 from bluejay.model.config import ModelConfig
-from bluejay.model.layers import ACTIVATION, Head, rotary_angles, rotate
+from bluejay.model.layers import ACTIVATION, Embedding, Head, Linear, rotary_angles, rotate
 
 
 class Attention(nn.Module):
@@ -20,10 +20,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.scale = 1 / math.sqrt(config.head_dim)
-        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.k_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.v_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.q_proj = Linear(config.n_embd, config.n_embd, bias=False)
+        self.k_proj = Linear(config.n_embd, config.n_embd, bias=False)
+        self.v_proj = Linear(config.n_embd, config.n_embd, bias=False)
+        self.out_proj = Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, sin: Tensor, cos: Tensor, attend: Attend) -> Tensor:
         heads = (*x.shape[:-1], self.n_head, -1)
@@ -37,8 +37,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.fc_in = nn.Linear(config.n_embd, config.inner_dim)
-        self.fc_out = nn.Linear(config.inner_dim, config.n_embd)
+        self.fc_in = Linear(config.n_embd, config.inner_dim)
+        self.fc_out = Linear(config.inner_dim, config.n_embd)
         self.activation = ACTIVATION[config.activation_function]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,13 +54,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, sin: Tensor, cos: Tensor, attend: Attend) -> Tensor:
         h = self.ln_1(x)
-        return x + self.attn(h, sin, cos, attend) + self.mlp(h)
+        out: Tensor = x + self.attn(h, sin, cos, attend) + self.mlp(h)
+        return out
 
 
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.rotary_dim = config.rotated_dims

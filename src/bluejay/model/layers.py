@@ -45,15 +45,27 @@ def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     return torch.cat((turned, x[..., rotary_dim:]), dim=-1)
 
 
+class Linear(nn.Linear):
+    """A linear layer whose weights are whatever memory holds until a checkpoint or a recipe fills them."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing: numbers drawn here would be thrown away, and drawing them on "meta" imports half of PyTorch."""
+
+
+class Embedding(nn.Embedding):
+    """An embedding without numbers of its own; see `Linear`."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing."""
+
+
 class Head(nn.Module):
     """Hidden states to logits. Tied, it has no weight of its own and borrows the embedding's."""
 
     def __init__(self, n_embd: int, vocab_size: int, *, bias: bool, tied: bool) -> None:
         super().__init__()
         self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, n_embd))
-        self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
-        if self.weight is not None:
-            nn.init.normal_(self.weight, std=0.02)
+        self.bias = nn.Parameter(torch.empty(vocab_size)) if bias else None
 
     def forward(self, hidden_states: Tensor, embedding: Tensor) -> Tensor:
         """hidden_states [..., n_embd], embedding [vocab_size, n_embd] -> logits [..., vocab_size] in float32."""

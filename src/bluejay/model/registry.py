@@ -28,7 +28,7 @@ class LanguageModel(Protocol):
 def build(
     config: ModelConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> GPTJ | GPTNeo:
-    """Make the network of a config; on device "meta" it takes no memory and holds no weights."""
+    """Make the network of a config, its weights not yet filled; on device "meta" it takes no memory either."""
     with torch.device(device):
         model = FAMILIES[config.model_type](config)
     return model.to(dtype)

@@ -1,0 +1,31 @@
+"""Open a model for a verb, with the settings applied and a sign of life on stderr."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bluejay.settings import load_settings
+
+if TYPE_CHECKING:
+    from bluejay.engine import LLM
+
+
+def open_llm(
+    model: str | None, *, dtype: str | None = None, device: str | None = None, threads: int | None = None
+) -> LLM:
+    """Open the model that flags, environment or settings file name; shows how far the weights are."""
+    settings = load_settings({"model": model, "dtype": dtype, "device": device, "threads": threads})
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"loading {settings.model}") as status:
+        import torch
+
+        from bluejay.engine import LLM
+
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+
+        def show(done: int, total: int) -> None:
+            status.update(f"loading {settings.model}: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+
+        return LLM(settings.model, dtype=settings.dtype, device=settings.device, on_progress=show)

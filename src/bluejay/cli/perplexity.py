@@ -1,0 +1,68 @@
+"""`bluejay perplexity`: bits per byte of a text under a model."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def perplexity(
+    file: Annotated[Path, typer.Argument(help="Text, documents split by <|endoftext|>; .jsonl, .xz, .gz too.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Path or name; the default model if none.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens that the window moves; half of the context if none.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure a text under a model: bits per byte, perplexity per token and per word.
+
+    [bold]Examples[/bold]
+
+        bluejay perplexity story.txt
+
+        bluejay perplexity wiki.test.raw --model gpt-neo-125m --stride 512 --json
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from bluejay.cli.loading import open_llm
+    from bluejay.evaluate.perplexity import perplexity as measure
+    from bluejay.train.data import documents
+
+    llm = open_llm(model, dtype=dtype, device=device)
+    texts = list(documents(file))
+    bar = Progress(
+        TextColumn("scoring"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    )
+    started = time.perf_counter()
+    with bar:
+        task = bar.add_task("scoring", total=sum(len(text.encode()) for text in texts))
+        found = measure(
+            llm.model,
+            llm.tokenizer,
+            texts,
+            stride=stride,
+            device=llm.device,
+            on_progress=lambda done: bar.update(task, completed=done),
+        )
+    figures = {
+        "bits_per_byte": found.bits_per_byte,
+        "loss_nats_per_token": found.loss,
+        "token_perplexity": found.token_perplexity,
+        "word_perplexity": found.word_perplexity,
+        "documents": found.num_documents,
+        "tokens": found.num_tokens,
+        "bytes": found.num_bytes,
+        "seconds": time.perf_counter() - started,
+    }
+    if as_json:
+        typer.echo(json.dumps({"model": llm.name, "file": str(file), **figures}))
+        return
+    for name, value in figures.items():
+        typer.echo(f"{name:<20} {value:,.4f}" if isinstance(value, float) else f"{name:<20} {value:,}")
