@@ -72,9 +72,24 @@ class Oracle:
         return {"sequences": rows, **(self._write(**arrays) if arrays else {})}
 
     def processed(self, handle, prompts, options, seed=0):
-        """Sample; also returns the processed scores [steps, rows, V] that each token was drawn from."""
-        asked = {"do_sample": True, "return_dict_in_generate": True, "output_scores": True}
-        return self.generate(handle, prompts, {**options, **asked}, seed)
+        """Sample; also returns the processed scores [steps, rows, V] that each token was drawn from.
+
+        And what was processed: histories [steps, rows, tokens], padded on the right with -1.
+        """
+        histories = []
+
+        def note(input_ids, scores):
+            histories.append(input_ids.clone())
+            return scores
+
+        asked = {"do_sample": True, "return_dict_in_generate": True, "output_scores": True, "logits_processor": [note]}
+        answer = self.generate(handle, prompts, {**options, **asked}, seed)
+        with np.load(answer["arrays"]) as arrays:
+            arrays = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        Path(answer["arrays"]).unlink()
+        width = max(ids.shape[1] for ids in histories)
+        padded = [torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=-1) for ids in histories]
+        return {**answer, **self._write(**arrays, histories=torch.stack(padded))}
 
     def _write(self, **arrays):
         self.num_files += 1

@@ -96,8 +96,9 @@ def diversity(scores: Tensor, chosen: Sequence[int], penalty: float) -> Tensor:
     """
     if not chosen:
         return scores
-    counts = torch.bincount(torch.tensor(chosen, device=scores.device), minlength=scores.shape[-1])
-    return scores - penalty * counts
+    size = scores.shape[-1]
+    counts = torch.bincount(torch.tensor(chosen, device=scores.device), minlength=size)
+    return scores - penalty * counts[:size]  # an end-of-text outside the vocabulary costs nobody anything
 
 
 def repetition_penalty(scores: Tensor, histories: Histories, penalty: float) -> Tensor:

@@ -31,7 +31,9 @@ class ContiguousCache:
     def __init__(self, n_positions: int, capacity: int = 64) -> None:
         self._n_positions = n_positions
         self._capacity = min(capacity, n_positions)
-        self._keys: list[Tensor] = []  # for each layer [B, capacity, H, K], made when the layer is first run
+        # For each layer [B, capacity, H, K], made when the layer is first run. Slots begin as zeros, not as whatever
+        # memory holds: an unseen slot has weight 0, and 0 times NaN is NaN.
+        self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._starts: list[int] = []
         self._end = 0  # slots in use by the longest row
@@ -57,15 +59,15 @@ class ContiguousCache:
         self._starts = [self._starts[row] for row in rows]
         for tensors in (self._keys, self._values):
             for layer, old in enumerate(tensors):
-                new = old.new_empty(len(rows), *old.shape[1:])
+                new = old.new_zeros(len(rows), *old.shape[1:])
                 new[:, : self._end] = old[:, : self._end].index_select(0, torch.tensor(rows, device=old.device))
                 tensors[layer] = new
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
         """Write k and v, then attend; see `Attend`. Shapes: q, k, v [B, T, H, K]."""
         if layer == len(self._keys):
-            self._keys.append(k.new_empty(k.shape[0], self._capacity, *k.shape[2:]))
-            self._values.append(v.new_empty(v.shape[0], self._capacity, *v.shape[2:]))
+            self._keys.append(k.new_zeros(k.shape[0], self._capacity, *k.shape[2:]))
+            self._values.append(v.new_zeros(v.shape[0], self._capacity, *v.shape[2:]))
         keys, values = self._keys[layer], self._values[layer]
         if self._uniform:
             start = self._starts[0]
@@ -99,6 +101,6 @@ class ContiguousCache:
         return self._masks[window]
 
     def _grown(self, old: Tensor) -> Tensor:
-        new = old.new_empty(old.shape[0], self._capacity, *old.shape[2:])
+        new = old.new_zeros(old.shape[0], self._capacity, *old.shape[2:])
         new[:, : old.shape[1]] = old
         return new

@@ -84,7 +84,7 @@ class RequestOutput:
     """All answers to one prompt; `text`, `token_ids`, `finish_reason` and `logprobs` are those of the first.
 
     Attributes:
-        prompt_token_ids: the prompt.
+        prompt_token_ids, prompt: the prompt as ids and, where it came as text, as text.
         sequences: `num_return_sequences` answers; of beams the best comes first.
         prompt_logprobs: one for each token of the prompt, None for the first; None where not asked for.
     """
@@ -92,6 +92,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     sequences: list[SequenceOutput]
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    prompt: str = ""
 
     @property
     def text(self) -> str:
