@@ -10,6 +10,7 @@ import platform
 import re
 import stat
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from bluejay.errors import CheckpointError
 
 # Headers, indexes and pickles describe a few hundred tensors in some 50 kB; one of more than this is no model of ours,
 # and parsing it would take many times its size.
-MAX_DESCRIPTION_BYTES = 8 * 2**20
+MAX_DESCRIPTION_BYTES = 4 * 2**20
 MAX_DIMS = 8
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
@@ -66,8 +67,7 @@ def parse_json(text: bytes, where: str) -> dict[str, object]:
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
             raise CheckpointError(f"{where}: the key {short(twice)} occurs twice")
         return found
 
@@ -80,15 +80,26 @@ def parse_json(text: bytes, where: str) -> dict[str, object]:
     return parsed
 
 
-def check_shape(shape: Sequence[object], where: str) -> tuple[int, ...]:
-    """Dims out of an untrusted file as a shape whose size torch can count.
+def check_counts(values: Sequence[object], where: str) -> tuple[int, ...]:
+    """Dims, strides or sizes out of an untrusted file, as whole numbers that torch can hold.
+
+    Raises: CheckpointError for more than 8 values and for any that is no number from 0 to 2^62.
+    """
+    counts = tuple(value for value in values if type(value) is int and 0 <= value < 2**62)
+    if len(counts) < len(values) or len(counts) > MAX_DIMS:
+        raise CheckpointError(f"{where}: its numbers are not those of a tensor")
+    return counts
+
+
+def check_shape(values: Sequence[object], where: str) -> tuple[int, ...]:
+    """Dims out of an untrusted file as a shape whose size torch can count, an empty one's strides included.
 
     Raises: CheckpointError.
     """
-    dims = [dim for dim in shape if type(dim) is int and 0 <= dim < 2**62]
-    if len(dims) < len(shape) or len(dims) > MAX_DIMS or math.prod(max(dim, 1) for dim in dims) >= 2**62:
+    shape = check_counts(values, where)
+    if math.prod(max(dim, 1) for dim in shape) >= 2**62:
         raise CheckpointError(f"{where}: its shape is not that of a tensor")
-    return tuple(dims)
+    return shape
 
 
 class MappedFile:
@@ -126,14 +137,14 @@ class MappedFile:
 
         Raises: CheckpointError if they are not all there.
         """
+        self._check_end(start + num_bytes)
         try:
             with self.path.open("rb") as file:
                 file.seek(start)
-                found = file.read(num_bytes) if start + num_bytes <= self.num_bytes else b""
+                found = file.read(num_bytes)
         except OSError as error:
             raise CheckpointError(f"{self.path}: {error.strerror}") from None
-        if len(found) < num_bytes:
-            raise CheckpointError(f"{self.path}: is cut short at byte {self.num_bytes}; fetch the file again")
+        self._check_end(start + num_bytes, present=start + len(found))
         return found
 
     def view(self, start: int, numel: int, dtype: torch.dtype) -> Tensor:
@@ -142,12 +153,18 @@ class MappedFile:
         They are copied where `start` is not aligned to the dtype. Shapes: -> [numel].
         Raises: CheckpointError if the file has changed or is too short.
         """
-        if start + numel * dtype.itemsize > self.num_bytes:
-            raise CheckpointError(f"{self.path}: is cut short at byte {self.num_bytes}; fetch the file again")
+        self._check_end(start + numel * dtype.itemsize)
         if numel == 0:
             return torch.empty(0, dtype=dtype)
         raw = torch.frombuffer(self._mapped(), dtype=torch.uint8, count=numel * dtype.itemsize, offset=start)
         return (raw.clone() if start % dtype.itemsize else raw).view(dtype)
+
+    def _check_end(self, end: int, present: int | None = None) -> None:
+        present = self.num_bytes if present is None else present
+        if end > present:
+            raise CheckpointError(
+                f"{self.path}: is damaged or cut short: refers to byte {end} and ends at {present}; fetch it again"
+            )
 
     def _mapped(self) -> mmap.mmap:
         mapped = self._map() if self._map is not None else None

@@ -52,7 +52,8 @@ def save(
         max_shard_bytes: weights of more than this are cut into shards; a shard holds at least one tensor.
         on_progress: called with the bytes written so far and the bytes in all.
     Returns: the files written.
-    Raises: CheckpointError if the weights are not those of the config, or if they cannot be written.
+    Raises: CheckpointError if the weights are not those of the config or cannot be written; ConfigError for another
+        dtype.
     """
     infos, read = _source(tensors, config, target)
     check_keys(infos, config, target)
@@ -169,15 +170,16 @@ def _write_json(path: Path, content: Mapping[str, object]) -> None:
 
 def _move_into_place(staging: Path, target: Path) -> list[Path]:
     """Replace the model of `target`; at no moment does the directory open as a mixture of the two."""
-    new = sorted(
-        (path.name for path in staging.iterdir()), key=lambda name: (name == CONFIG, name == SAFETENSORS_INDEX)
-    )
+    shards = sorted(path.name for path in staging.glob("*.safetensors"))
+    new = [*shards, *(name for name in (SAFETENSORS_INDEX, CONFIG) if (staging / name).exists())]
     old = [SAFETENSORS, SAFETENSORS_INDEX, *(path.name for path in target.iterdir() if _SHARD.fullmatch(path.name))]
     # One file for the same network is replaced in one step: at any moment the model before or this one.
     if new != [SAFETENSORS, CONFIG] or not _same_bytes(staging / CONFIG, target / CONFIG):
         _remove(target, [CONFIG])
         _remove(target, old)
     for name in new:
+        if name == CONFIG:
+            _sync(target)
         (staging / name).replace(target / name)
     _remove(target, [name for name in old if name not in new])
     return [target / name for name in new]
@@ -188,9 +190,14 @@ def _same_bytes(one: Path, other: Path) -> bool:
 
 
 def _remove(directory: Path, names: Iterable[str]) -> None:
-    """Remove what there is of these, and see it done on the disk, moves before it included."""
+    """Remove what there is of these, and see it done on the disk."""
     for name in names:
         (directory / name).unlink(missing_ok=True)
+    _sync(directory)
+
+
+def _sync(directory: Path) -> None:
+    """See that what was moved to or from a directory is so on the disk; Windows does this by itself."""
     if os.name == "posix":
         opened = os.open(directory, os.O_RDONLY)
         try:

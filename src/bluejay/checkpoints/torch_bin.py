@@ -10,6 +10,7 @@ Source: torch/serialization.py (torch 2.13), `_save` and `_legacy_save`.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bluejay.checkpoints.files import MAX_DESCRIPTION_BYTES, MappedFile, check_shape, short
+from bluejay.checkpoints.files import MAX_DESCRIPTION_BYTES, MappedFile, check_counts, check_shape, short
 from bluejay.checkpoints.formats import TensorInfo
 from bluejay.checkpoints.pickle_machine import Global, PickleMachine
 from bluejay.checkpoints.stored_zip import MAGIC, Entry, read_contents
@@ -54,8 +55,18 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A view of a storage; offset and stride count numbers, not bytes."""
+class Description:
+    """A tensor as the pickle has it, its numbers not yet looked at."""
+
+    storage: Storage
+    offset: object
+    shape: Sequence[object]
+    stride: Sequence[object]
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor as a view that stays within its storage; offset and stride count numbers, not bytes."""
 
     storage: Storage
     offset: int
@@ -76,12 +87,12 @@ class TorchBinFile:
         self._file = MappedFile(path)
         self.num_bytes = self._file.num_bytes
         is_zip = self._file.read(0, min(4, self.num_bytes)) == MAGIC
-        self._stored, self._entries = (_read_zip if is_zip else _read_legacy)(self._file)
-        for name, stored in self._stored.items():
-            _check_view(stored, self._entries.get(stored.storage.key), f"{path}: {short(name)}")
-        self.tensors = {
-            name: TensorInfo(stored.shape, stored.storage.dtype, path) for name, stored in self._stored.items()
+        described, self._entries = (_read_zip if is_zip else _read_legacy)(self._file)
+        self._views = {
+            name: _place(tensor, self._entries.get(tensor.storage.key), f"{path}: {short(name)}")
+            for name, tensor in described.items()
         }
+        self.tensors = {name: TensorInfo(view.shape, view.storage.dtype, path) for name, view in self._views.items()}
         self._undamaged: set[str] = set()
 
     def read(self, name: str) -> Tensor:
@@ -89,20 +100,20 @@ class TorchBinFile:
 
         Raises: CheckpointError if its bytes do not match their checksum (checked once, where the file has one).
         """
-        stored = self._stored[name]
-        entry = self._entries[stored.storage.key]
-        flat = self._file.view(entry.start, stored.storage.numel, stored.storage.dtype)
-        if entry.crc and stored.storage.key not in self._undamaged:
+        view = self._views[name]
+        entry = self._entries[view.storage.key]
+        flat = self._file.view(entry.start, view.storage.numel, view.storage.dtype)
+        if entry.crc and view.storage.key not in self._undamaged:
             if zlib.crc32(flat.view(torch.uint8).numpy().data) != entry.crc:
                 raise CheckpointError(
                     f"{self._file.path}: {short(name)} is damaged: bytes {entry.start} to "
                     f"{entry.start + entry.num_bytes} do not match their checksum; fetch the file again"
                 )
-            self._undamaged.add(stored.storage.key)
-        return flat[stored.offset :].as_strided(stored.shape, stored.stride)
+            self._undamaged.add(view.storage.key)
+        return flat[view.offset :].as_strided(view.shape, view.stride)
 
 
-def _read_zip(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, Entry]]:
+def _read_zip(file: MappedFile) -> tuple[dict[str, Description], dict[str, Entry]]:
     contents = read_contents(file)
     pickles = [name for name in contents if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -127,7 +138,7 @@ def _read_entry(file: MappedFile, entry: Entry, where: str) -> bytes:
     return found
 
 
-def _read_legacy(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, Entry]]:
+def _read_legacy(file: MappedFile) -> tuple[dict[str, Description], dict[str, Entry]]:
     data = file.read(0, min(file.num_bytes, MAX_DESCRIPTION_BYTES))
     where = str(file.path)
     if not data.startswith(b"\x80"):
@@ -176,7 +187,7 @@ def _machine(data: bytes, where: str, position: int = 0, storages: dict[str, Sto
             raise CheckpointError(f"{where}: refers to something other than a storage")
         if not isinstance(key, str) or view not in ([], [None]):
             raise CheckpointError(f"{where}: refers to a storage in a way that torch.save does not write")
-        found = Storage(key, STORAGE_DTYPES[dtype.name], check_shape([numel], f"{where}: storage {short(key)}")[0])
+        found = Storage(key, STORAGE_DTYPES[dtype.name], check_counts([numel], f"{where}: storage {short(key)}")[0])
         if seen.setdefault(key, found) != found:
             raise CheckpointError(f"{where}: storage {short(key)} occurs with two dtypes or sizes")
         return found
@@ -201,17 +212,14 @@ def _ordered_dict() -> dict[str, object]:
 
 def _rebuild_tensor(
     storage: object, offset: object, shape: object, stride: object, requires_grad: object, hooks: object
-) -> StoredTensor:
+) -> Description:
     if not isinstance(storage, Storage):
         raise TypeError
-    (start,) = check_shape([offset], "a tensor's offset")
-    return StoredTensor(
-        storage, start, check_shape(_as_tuple(shape), "a tensor"), check_shape(_as_tuple(stride), "a tensor's stride")
-    )
+    return Description(storage, offset, _as_tuple(shape), _as_tuple(stride))
 
 
-def _rebuild_parameter(tensor: object, requires_grad: object, hooks: object) -> StoredTensor:
-    if not isinstance(tensor, StoredTensor):
+def _rebuild_parameter(tensor: object, requires_grad: object, hooks: object) -> Description:
+    if not isinstance(tensor, Description):
         raise TypeError
     return tensor
 
@@ -222,10 +230,10 @@ def _as_tuple(value: object) -> Sequence[object]:
     return value
 
 
-def _state_dict(found: object, path: Path) -> dict[str, StoredTensor]:
+def _state_dict(found: object, path: Path) -> dict[str, Description]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds no dict of tensors")
-    others = [name for name, value in found.items() if not isinstance(value, StoredTensor)]
+    others = [name for name, value in found.items() if not isinstance(value, Description)]
     if others:
         raise CheckpointError(
             f"{path}: {', '.join(map(short, others[:5]))} are not tensors; if this is a training checkpoint, "
@@ -234,20 +242,21 @@ def _state_dict(found: object, path: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _check_view(stored: StoredTensor, entry: Entry | None, where: str) -> None:
-    """See that a tensor's storage is there and that the tensor stays within it."""
-    storage = stored.storage
+def _place(tensor: Description, entry: Entry | None, where: str) -> View:
+    """See that a tensor's storage is in the file and that the tensor stays within it."""
+    storage = tensor.storage
     if entry is None:
         raise CheckpointError(f"{where}: its storage {short(storage.key)} is not in the file")
     if entry.num_bytes != storage.num_bytes:
         raise CheckpointError(f"{where}: its storage takes {storage.num_bytes} bytes, the file has {entry.num_bytes}")
-    numel = 1
-    last = stored.offset
-    for dim, step in zip(stored.shape, stored.stride, strict=False):
-        numel *= dim
-        last += (dim - 1) * step
-    if len(stored.shape) != len(stored.stride) or numel > storage.numel or (numel and last >= storage.numel):
+    shape, stride = check_shape(tensor.shape, where), check_counts(tensor.stride, where)
+    (offset,) = check_counts([tensor.offset], where)
+    numel = math.prod(shape)
+    last = offset + sum((dim - 1) * step for dim, step in zip(shape, stride, strict=False))
+    # A view of more numbers than its storage has repeats itself: small on the disk, without bounds in memory.
+    if len(shape) != len(stride) or numel > storage.numel or (numel and last >= storage.numel):
         raise CheckpointError(
-            f"{where}: shape {list(stored.shape)}, stride {list(stored.stride)} and offset {stored.offset} "
-            f"leave its storage of {storage.numel} numbers"
+            f"{where}: shape {list(shape)}, stride {list(stride)} and offset {offset} leave its storage of "
+            f"{storage.numel} numbers"
         )
+    return View(storage, offset, shape, stride)
