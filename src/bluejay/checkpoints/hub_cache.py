@@ -237,15 +237,6 @@ def find_snapshot(model: HubName, cache: Path, *, complete: bool = True) -> Path
     return snapshot
 
 
-def _not_cached(model: HubName, cache: Path) -> ModelNotFound:
-    from huggingface_hub import constants
-
-    offline = "HF_HUB_OFFLINE is set: unset it, then " if constants.HF_HUB_OFFLINE else ""
-    return ModelNotFound(
-        f"{model} is not in the cache at {cache}; {offline}get it with: bluejay pull {model}", param="model"
-    )
-
-
 def write_ref(model: HubName, commit: str, cache: Path) -> None:
     """Let a branch or tag mean a commit."""
     if model.revision == commit:
@@ -255,6 +246,15 @@ def write_ref(model: HubName, commit: str, cache: Path) -> None:
     new = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
     new.write_text(commit, encoding="utf-8")
     new.replace(ref)
+
+
+def _not_cached(model: HubName, cache: Path) -> ModelNotFound:
+    from huggingface_hub import constants
+
+    offline = "HF_HUB_OFFLINE is set: unset it, then " if constants.HF_HUB_OFFLINE else ""
+    return ModelNotFound(
+        f"{model} is not in the cache at {cache}; {offline}get it with: bluejay pull {model}", param="model"
+    )
 
 
 def _described(
