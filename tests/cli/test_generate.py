@@ -1,0 +1,132 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bluejay.checkpoints import save
+from bluejay.cli import app
+from bluejay.errors import ConfigError, InvalidRequest
+from bluejay.model.gptj import GPTJ
+from bluejay.tokenizer.training import train_bpe
+
+GREEDY = ["--greedy", "--max-new-tokens", "8", "--ignore-eos"]
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path, tiny_gptj: GPTJ) -> Path:
+    target = tmp_path / "tiny"
+    save(tiny_gptj, tiny_gptj.config, target)
+    train_bpe(["the fox and the jay sang in the wood. "] * 4, 280).save(target)
+    return target
+
+
+def _run(model_dir: Path, *arguments: str, stdin: str | None = None) -> tuple[str, str]:
+    done = CliRunner().invoke(
+        app, ["generate", "--model", str(model_dir), *arguments], input=stdin, catch_exceptions=False, color=False
+    )
+    assert done.exit_code == 0, done.output
+    return done.stdout, done.stderr
+
+
+def _json(model_dir: Path, *arguments: str, stdin: str | None = None) -> list[dict[str, object]]:
+    return [json.loads(line) for line in _run(model_dir, "--json", *arguments, stdin=stdin)[0].splitlines()]
+
+
+def test_a_prompt_streams_with_its_text_behind_it(model_dir: Path) -> None:
+    out, err = _run(model_dir, "the fox", *GREEDY)
+    [row] = _json(model_dir, "the fox", *GREEDY)
+    text = row["sequences"][0]["text"]  # type: ignore[index]
+    assert out == f"the fox{text}\n"
+    assert "8 tokens in" in err and "tokens/s" in err
+    assert _run(model_dir, "the fox", *GREEDY, "--no-echo")[0] == f"{text}\n"
+
+
+def test_prompts_come_from_stdin_and_files(model_dir: Path, tmp_path: Path) -> None:
+    expected = _json(model_dir, "the fox", *GREEDY)
+    (tmp_path / "prompt.txt").write_text("the fox\n")
+    assert _json(model_dir, "-", *GREEDY, stdin="the fox\n") == expected
+    assert _json(model_dir, *GREEDY, stdin="the fox") == expected
+    assert _json(model_dir, "--file", str(tmp_path / "prompt.txt"), *GREEDY) == expected
+
+
+def test_jsonl_rows_have_options_of_their_own(model_dir: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "the fox", "max_new_tokens": 3},
+        {"prompt": "the jay", "num_beams": 2, "num_return_sequences": 2},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    first, second = _json(model_dir, "--file", str(file), *GREEDY)
+    assert len(first["sequences"][0]["token_ids"]) == 3  # type: ignore[index]
+    assert [len(s["token_ids"]) for s in second["sequences"]] == [8, 8]  # type: ignore[attr-defined]
+
+
+def test_bad_rows_are_all_named(model_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": 3}\nnot json\n{"prompt": "x", "temprature": 1}\n')
+    with pytest.raises(InvalidRequest) as caught:
+        _run(model_dir, "--file", str(file))
+    for part in ("line 1", "line 2", "line 3", "temprature"):
+        assert part in str(caught.value)
+
+
+def test_a_bad_value_in_a_row_names_its_line(model_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "x"}\n{"prompt": "y", "top_p": 7}\n')
+    with pytest.raises(InvalidRequest, match=r"line 2: top_p is 7"):
+        _run(model_dir, "--file", str(file))
+
+
+def test_the_models_generation_config_is_heard_and_flags_go_first(model_dir: Path) -> None:
+    config = {"do_sample": True, "temperature": 0.5, "max_new_tokens": 4, "transformers_version": "4.56.2"}
+    (model_dir / "generation_config.json").write_text(json.dumps(config))
+    [row] = _json(model_dir, "the fox", "--ignore-eos")
+    assert len(row["sequences"][0]["token_ids"]) == 4  # type: ignore[index]
+    [row] = _json(model_dir, "the fox", "--max-length", "5", "--ignore-eos")
+    assert len(row["sequences"][0]["token_ids"]) + len(row["prompt_token_ids"]) == 5  # type: ignore[index, arg-type]
+    [row] = _json(model_dir, "the fox", "--num-beams", "2")
+    assert "beam_score" in row["sequences"][0]  # type: ignore[index]
+
+
+def test_a_broken_generation_config_is_named(model_dir: Path) -> None:
+    (model_dir / "generation_config.json").write_text('{"temperature": -1}')
+    with pytest.raises(ConfigError, match=r"generation_config\.json: temperature"):
+        _run(model_dir, "the fox")
+
+
+def test_every_sampling_option_is_a_flag() -> None:
+    import dataclasses
+
+    from bluejay import SamplingParams
+
+    help_text = CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
+    names = [field.name.replace("_", "-") for field in dataclasses.fields(SamplingParams)]
+    assert [name for name in names if f"--{name}" not in help_text] == []
+
+
+def test_logprobs_need_json(model_dir: Path) -> None:
+    with pytest.raises(InvalidRequest, match="--json"):
+        _run(model_dir, "the fox", "--logprobs", "1")
+    [row] = _json(model_dir, "the fox", "--logprobs", "1", *GREEDY)
+    assert len(row["sequences"][0]["logprobs"]) == 8  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["generate", "x", "--model", "./nowhere"], 2, "error: './nowhere': no such file or directory"),
+        (["generate", "x", "--top-p", "2", "--num-beams", "0"], 2, "num_beams is 0"),
+        (["generate", "x", "--bad-words-ids", "[["], 2, "bad_words_ids is no JSON"),
+        (["generate", "x", "--no-such-option"], 2, "No such option"),
+        (["--version"], 0, "bluejay "),
+    ],
+)
+def test_errors_are_one_line_and_have_exit_codes(arguments: list[str], code: int, message: str) -> None:
+    command = [sys.executable, "-c", "from bluejay.cli import main; main()", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode == code
+    assert message in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
