@@ -25,9 +25,9 @@ TOKENIZER_FILES = (
     "vocab.bpe",
 )
 
-# mesh-transformer-jax keeps its arrays without names, in the order of its parameter tree. Each row: the array's place in
-# the tree, the key it becomes, and how the shards' parts make a whole: "rows" and "columns" are laid end to end along the
-# first and the last axis, "sum" is added up, "first" is shard 0's (the others were never trained).
+# mesh-transformer-jax keeps its arrays without names, in the order of its parameter tree. Each row: the array's place
+# in the tree, the key it becomes, and how the shards' parts make a whole: "rows" and "columns" are laid end to end
+# along the first and the last axis, "sum" is added up, "first" is shard 0's (the others were never trained).
 # Matrices are [in, out], transposed to what Hugging Face has; the embedding is [vocab, width] in both.
 MESH_JAX_EMBEDDING = (
     ("embedding/b", "transformer.wte.bias", "sum"),  # Hugging Face has no such bias: it is added to every row
