@@ -98,7 +98,7 @@ class PlainEngine:
                 raise InvalidRequest("the context has no token; begin it with the end-of-text token", "context")
             self._check_length(len(context) + len(continuation) - 1)
         # The last token is only predicted, never read.
-        texts = [[*context, *continuation][:-1] for context, continuation in pairs]
+        texts = [[*context, *continuation[:-1]] for context, continuation in pairs]
         scores: dict[int, Score] = {}
         for place, hidden in self._hidden_states(texts):
             context, continuation = pairs[place]
@@ -289,7 +289,7 @@ class PlainEngine:
         """The log-probabilities of tokens behind a context, by reading both at once."""
         if not token_ids:
             return []
-        [(_, hidden)] = self._hidden_states([[*context, *token_ids][:-1]])
+        [(_, hidden)] = self._hidden_states([[*context, *token_ids[:-1]]])
         chunks = self._chunks(hidden[len(context) - 1 :], token_ids)
         return [token for logits, ids in chunks for token in token_logprobs(logits, ids, num_top)]
 
