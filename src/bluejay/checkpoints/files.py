@@ -39,7 +39,8 @@ def short(name: str) -> str:
 def inside(directory: Path, name: str) -> Path:
     """The file `name` of `directory`, which need not exist.
 
-    A link may lead to a file of the same directory, or from a snapshot of Hugging Face's cache to the blobs beside it.
+    A link may lead to a file of the same directory, or from a snapshot of Hugging Face's cache to its blobs:
+    hub/models--O--N/snapshots/COMMIT/name -> hub/models--O--N/blobs/HASH, which may itself be a link -> hub/blobs/XX/HASH.
 
     Raises: CheckpointError if the name is a path or the file is a link that leads elsewhere.
     """
@@ -50,7 +51,9 @@ def inside(directory: Path, name: str) -> Path:
         real, home = path.resolve(), directory.resolve()
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: its links lead nowhere: {error}") from None
-    in_hub_cache = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+    repository = home.parent.parent
+    blobs = (repository / "blobs", repository.parent / "blobs")
+    in_hub_cache = home.parent.name == "snapshots" and any(real.is_relative_to(place) for place in blobs)
     if not real.is_relative_to(home) and not in_hub_cache:
         raise CheckpointError(
             f"{path}: is a link out of its directory, to {real}; copy the file here or open {real} by its own path"
