@@ -118,26 +118,29 @@ def test_wrong_keys_and_dtypes_are_refused(tmp_path: Path, tiny_gptj: GPTJ) -> N
 
 # Memory, measured in a process of its own: VmHWM is the most that was ever resident, mapped files included.
 
-LOAD = """
+MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from bluejay.checkpoints import load_model
+from bluejay.checkpoints import load_model, open_checkpoint, save
 
 def peak_bytes():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 
-torch.empty(1, device="meta").normal_()  # the first use of the meta device imports a lot
+path, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
 before = peak_bytes()
-load_model(Path(sys.argv[1]), dtype=getattr(torch, sys.argv[2]))
+{action}
 print(peak_bytes() - before)
 """
+LOAD = "load_model(path, dtype=dtype)"
+CONVERT = "source = open_checkpoint(path); save(source, source.config, path, dtype=dtype)"
 
 
-def growth_bytes(directory: Path, dtype: str) -> int:
-    """How far loading a model raises the memory of a process."""
+def growth_bytes(action: str, directory: Path, dtype: str) -> int:
+    """How far an action raises the memory of a process."""
+    code = MEASURE.format(action=action)
     ran = subprocess.run(
-        [sys.executable, "-c", LOAD, str(directory), dtype], capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", code, str(directory), dtype], capture_output=True, text=True, check=True, timeout=300
     )
     return int(ran.stdout)
 
@@ -164,7 +167,15 @@ def test_converting_while_loading_takes_the_new_weights_and_one_old_tensor(tmp_p
     numel = write_sparse_bin(gptj(1024, 5), tmp_path)
     assert numel * 4 > 300e6
     largest = 8192 * 1024 * 4
-    assert growth_bytes(tmp_path, "bfloat16") < numel * 2 + largest + 32 * 2**20
+    assert growth_bytes(LOAD, tmp_path, "bfloat16") < numel * 2 + largest + 32 * 2**20
+
+
+@linux
+def test_converting_on_disk_takes_one_tensor(tmp_path: Path) -> None:
+    write_sparse_bin(gptj(1024, 5), tmp_path)
+    largest = 8192 * 1024 * 4
+    assert growth_bytes(CONVERT, tmp_path, "bfloat16") < 1.5 * largest + 32 * 2**20
+    assert load_model(tmp_path).transformer.wte.weight.dtype == torch.bfloat16
 
 
 @linux
@@ -172,7 +183,7 @@ def test_mapped_weights_take_no_memory_until_they_are_used(tmp_path: Path) -> No
     write_sparse_bin(gptj(1024, 5), tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     save(checkpoint, checkpoint.config, tmp_path)
-    assert growth_bytes(tmp_path, "float32") < 16 * 2**20
+    assert growth_bytes(LOAD, tmp_path, "float32") < 16 * 2**20
 
 
 @linux
@@ -180,4 +191,4 @@ def test_mapped_weights_take_no_memory_until_they_are_used(tmp_path: Path) -> No
 def test_four_gigabytes_of_float32_load_within_their_half_and_a_gibibyte(tmp_path: Path) -> None:
     numel = write_sparse_bin(gptj(4096, 5), tmp_path)
     assert numel * 4 > 4e9
-    assert growth_bytes(tmp_path, "bfloat16") < numel * 2 + 2**29
+    assert growth_bytes(LOAD, tmp_path, "bfloat16") < numel * 2 + 2**29

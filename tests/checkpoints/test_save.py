@@ -177,6 +177,20 @@ def test_a_full_disk_leaves_the_old_model(tmp_path: Path, tiny_gptj: GPTJ, other
     assert_holds(tmp_path, other)
 
 
+def test_a_damaged_source_leaves_the_old_model(tmp_path: Path, tiny_gptj: GPTJ, other: Model) -> None:
+    save(other, other.config, tmp_path)
+    before = files(tmp_path)
+    source = tmp_path.with_name("source.bin")
+    torch.save(tiny_gptj.state_dict(), source)
+    raw = bytearray(source.read_bytes())
+    raw[raw.index(tiny_gptj.lm_head.bias.detach().numpy().tobytes())] ^= 1
+    source.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"'lm_head\.bias' is damaged"):
+        save(open_checkpoint(source, config=tmp_path / "config.json"), tiny_gptj.config, tmp_path)
+    assert files(tmp_path) == before
+    assert_holds(tmp_path, other)
+
+
 def test_too_little_space_is_noticed_before_anything_is_written(
     tmp_path: Path, tiny_gptj: GPTJ, monkeypatch: pytest.MonkeyPatch
 ) -> None:
