@@ -176,3 +176,11 @@ def test_any_json_is_a_config_or_a_config_error(base, changes, dropped):
     except ConfigError:
         return
     assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_huge_config_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    with path.open("wb") as file:
+        file.truncate(2**33)
+    with pytest.raises(ConfigError, match="is larger than"):
+        ModelConfig.from_file(path)

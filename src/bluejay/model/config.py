@@ -54,6 +54,7 @@ _DERIVED_KEYS = {
     "attention_layers",
     "transformers_version",
 }
+_MAX_FILE_BYTES = 4 * 2**20
 _MAX_LAYERS = 10_000  # far beyond any network, far below what would hurt
 _ARCHITECTURES = {"gptj": "GPTJForCausalLM", "gpt_neo": "GPTNeoForCausalLM"}
 
@@ -163,6 +164,8 @@ class ModelConfig:
     def from_file(cls, path: Path) -> ModelConfig:
         """Read a config.json; ConfigError names the file and what is wrong in it."""
         try:
+            if path.stat().st_size > _MAX_FILE_BYTES:
+                raise ConfigError(f"{path}: is larger than {_MAX_FILE_BYTES:,} bytes, which no config.json is")
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file; a checkpoint directory needs a config.json") from None
