@@ -472,6 +472,16 @@ def test_the_default_model_is_first_and_stays(default: Path, server: SmallHub, c
         hub.pull("default")
 
 
+def test_the_draft_of_the_default_model_has_a_name(default: Path, cache: Path) -> None:
+    draft = default / "draft"
+    draft.mkdir()
+    for name in ("config.json", "model.safetensors", "SHA256SUMS"):
+        (draft / name).write_bytes((default / name).read_bytes())
+    assert [model.name for model in hub.list_models(cache_dir=cache)] == ["default", "default-draft"]
+    assert hub.resolve("default-draft") == draft
+    assert hub.verify("default-draft") == hub.Verification(draft, 2, ())
+
+
 def test_a_default_model_without_weights_is_not_there(default: Path, cache: Path) -> None:
     (default / "model.safetensors").unlink()
     assert hub.list_models(cache_dir=cache) == []

@@ -16,14 +16,14 @@ from typing import cast
 from bluejay.checkpoints import blobs
 from bluejay.checkpoints.hub_cache import (
     COMMIT,
-    DEFAULT_MODEL,
+    PACKAGED,
     CachedModel,
     DamagedFile,
     Verification,
     cache_folder,
-    default_model,
     find_snapshot,
     list_models,
+    packaged_model,
     refuse_revision,
     remove,
     snapshot_of,
@@ -63,8 +63,8 @@ def pull(name: str, revision: str | None = None, *, endpoint: str | None = None,
     """
     from huggingface_hub import HfApi, constants
 
-    if name == DEFAULT_MODEL:
-        raise InvalidRequest("the default model is part of the package; there is nothing to pull", param="model")
+    if name in PACKAGED:
+        raise InvalidRequest(f"the {name} model is part of the package; there is nothing to pull", param="model")
     model = HubName.parse(name, revision)
     cache = cache_folder(cache_dir)
     if constants.HF_HUB_OFFLINE:
@@ -90,10 +90,10 @@ def pull(name: str, revision: str | None = None, *, endpoint: str | None = None,
 def resolve(
     name: str, revision: str | None = None, *, local_files_only: bool = True, cache_dir: Path | None = None
 ) -> Path:
-    """Find a model: a path that exists, "default", or a model of the cache.
+    """Find a model: a path that exists, a model of the package ("default", "default-draft"), or a model of the cache.
 
     Args:
-        name: a path, "default", NAME[@REVISION] or a short name such as gpt-j-6b.
+        name: a path, "default", "default-draft", NAME[@REVISION] or a short name such as gpt-j-6b.
         revision: branch, tag or commit, where it is not part of the name.
         local_files_only: False pulls a model that is not there.
         cache_dir: None means huggingface_hub's cache.
@@ -102,9 +102,9 @@ def resolve(
         ModelNotFound: not here; the message has the command that fetches it.
         InvalidRequest: the name breaks the rules, or a revision is asked of a path or of the default model.
     """
-    if name == DEFAULT_MODEL:
+    if name in PACKAGED:
         refuse_revision(name, revision)
-        return default_model()
+        return packaged_model(name)
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # too long, no such user, a NUL: no path, then
         if name and (path := Path(name).expanduser()).exists():
             refuse_revision(name, revision)

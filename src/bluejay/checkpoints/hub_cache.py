@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "default"
 DEFAULT_MODEL_DIR = Path(__file__).resolve().parents[1] / "default_model"
+# The models of the package, by name: the place in DEFAULT_MODEL_DIR.
+PACKAGED = {DEFAULT_MODEL: ".", "default-draft": "draft"}
 MANIFEST = "SHA256SUMS"
 
 # The two kinds of weights, the preferred one first.
@@ -46,7 +48,7 @@ class CachedModel:
 
     Attributes:
         name: what `resolve` takes.
-        revision: branch, tag or commit; None for the default model.
+        revision: branch, tag or commit; None for a model of the package.
         path: its directory.
         size_bytes: on disk; files shared by two revisions count for each.
         family: "gptj" or "gpt_neo".
@@ -88,13 +90,12 @@ class Verification:
     unchecked: tuple[str, ...] = ()
 
 
-def default_model() -> Path:
-    """The directory of the default model; ModelNotFound if this copy of the package is without its weights."""
-    if not has_weights(DEFAULT_MODEL_DIR):
-        raise ModelNotFound(
-            f"the default model's weights are not in {DEFAULT_MODEL_DIR}; install Bluejay again", param="model"
-        )
-    return DEFAULT_MODEL_DIR
+def packaged_model(name: str) -> Path:
+    """The directory of a model of the package; ModelNotFound if this copy of the package is without its weights."""
+    directory = DEFAULT_MODEL_DIR / PACKAGED[name]
+    if not has_weights(directory):
+        raise ModelNotFound(f"the weights of {name!r} are not in {directory}; install Bluejay again", param="model")
+    return directory
 
 
 def refuse_revision(name: str, revision: str | None) -> None:
@@ -104,14 +105,16 @@ def refuse_revision(name: str, revision: str | None) -> None:
 
 
 def list_models(*, cache_dir: Path | None = None) -> list[CachedModel]:
-    """All models here that Bluejay can open: the default model first, then those of the cache by name."""
+    """All models here that Bluejay can open: those of the package first, then those of the cache by name."""
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     found = []
-    if has_weights(DEFAULT_MODEL_DIR):
-        size = sum(path.stat().st_size for path in DEFAULT_MODEL_DIR.rglob("*") if path.is_file())
-        found.append(_described(DEFAULT_MODEL, None, DEFAULT_MODEL_DIR, size, None))
+    for name, place in PACKAGED.items():
+        directory = DEFAULT_MODEL_DIR / place
+        if has_weights(directory):
+            size = sum(path.stat().st_size for path in directory.glob("*") if path.is_file())
+            found.append(_described(name, None, directory, size, None))
     try:
         repos = scan_cache_dir(cache_folder(cache_dir)).repos
     except CacheNotFound:
@@ -126,13 +129,13 @@ def list_models(*, cache_dir: Path | None = None) -> list[CachedModel]:
 
 
 def verify(name: str, revision: str | None = None, *, cache_dir: Path | None = None) -> Verification:
-    """Read every file of a model and compare its hash: with the cache's, or for the default model with its SHA256SUMS.
+    """Read every file of a model and compare its hash: with the cache's, or for one of the package with its SHA256SUMS.
 
-    Raises: ModelNotFound if the model is not here; CheckpointError if the default model's list of hashes is broken.
+    Raises: ModelNotFound if the model is not here; CheckpointError if the list of hashes is broken.
     """
-    if name == DEFAULT_MODEL:
+    if name in PACKAGED:
         refuse_revision(name, revision)
-        return _verify_manifest(DEFAULT_MODEL_DIR)
+        return _verify_manifest(DEFAULT_MODEL_DIR / PACKAGED[name])
     snapshot = find_snapshot(HubName.parse(name, revision), cache_folder(cache_dir), complete=False)
     damaged, unchecked, num_checked = [], [], 0
     for path in sorted(path for path in snapshot.rglob("*") if not path.is_dir()):
@@ -161,10 +164,10 @@ def remove(name: str, revision: str | None = None, *, dry_run: bool = False, cac
         dry_run: delete nothing, only say what would be freed.
         cache_dir: None means huggingface_hub's cache.
     Returns: the bytes freed; files that another revision needs stay and do not count.
-    Raises: InvalidRequest for the default model; ModelNotFound if the model is not here; CheckpointError if it stays.
+    Raises: InvalidRequest for a model of the package; ModelNotFound if it is not here; CheckpointError if it stays.
     """
-    if name == DEFAULT_MODEL:
-        raise InvalidRequest("the default model is part of the package and cannot be removed", param="model")
+    if name in PACKAGED:
+        raise InvalidRequest(f"the {name} model is part of the package and cannot be removed", param="model")
     model = HubName.parse(name, revision)
     cache = cache_folder(cache_dir)
     storage = storage_of(model, cache)

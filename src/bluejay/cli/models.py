@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 models = typer.Typer(invoke_without_command=True)
 
-Name = Annotated[str, typer.Argument(help=r'OWNER/NAME\[@REVISION], or "default".', show_default=False)]
+Name = Annotated[str, typer.Argument(help=r'OWNER/NAME\[@REVISION], "default" or "default-draft".', show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="A branch, a tag or a commit.", show_default=False)]
 
 

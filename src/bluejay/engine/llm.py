@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bluejay import checkpoints
 from bluejay.checkpoints import hub
+from bluejay.checkpoints.hub_cache import DEFAULT_MODEL
 from bluejay.decoding.params import SamplingParams
 from bluejay.engine.device import available_memory_bytes, choose_device, choose_dtype
 from bluejay.engine.plain import PlainEngine
@@ -21,8 +22,6 @@ from bluejay.tokenizer import load_tokenizer
 
 Prompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
-
-DEFAULT_MODEL = "default"
 
 
 class LLM:

@@ -1,0 +1,1 @@
+"""The default model: config, tokenizer and weights; README.md is its card."""
