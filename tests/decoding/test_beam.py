@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bluejay.decoding import SamplingParams
-from bluejay.decoding.beam import BeamRules, beam_search
+from bluejay.decoding.beam import BeamRules, BeamSearch, beam_search
 from bluejay.decoding.processors import processors_for
 from bluejay.decoding.sampler import generator_for
 
@@ -28,9 +28,9 @@ def rules(params, prompt, max_new_tokens, vocab_size=8, **more):
     return BeamRules(params, prompt, chain, (EOS,), max_new_tokens, generator, **more)
 
 
-def run(model, rules):
+def run(model, rules, kind=beam_search):
     """Search to the end; each row's logits are those of its own history, as a cache that forks would give them."""
-    search = beam_search(rules)
+    search = kind(rules)
     histories = [rules.prompt]
     while not search.done:
         step = search.step(torch.stack([model(history) for history in histories]))
@@ -44,6 +44,21 @@ def log_prob(model, prompt, answer):
         total += float(model(history).log_softmax(-1)[token])
         history.append(token)
     return total
+
+
+def likeliest(model, prompt, longest):
+    answer = []
+    while len(answer) < longest and (not answer or answer[-1] != EOS):
+        answer.append(int(model([*prompt, *answer]).argmax()))
+    return answer
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_one_beam_is_greedy(seed):
+    model, prompt = language(8, seed), [1, 2]
+    [answer] = run(model, rules(SamplingParams(early_stopping=True), prompt, 9), BeamSearch)
+    assert answer.token_ids == likeliest(model, prompt, 9)
 
 
 @given(st.integers(0, 1000))
@@ -79,10 +94,7 @@ def test_scores_are_log_probabilities_over_lengths_best_first(seed, length_penal
 @settings(max_examples=20, deadline=None)
 def test_groups_of_one_beam_are_greedy_where_the_penalty_is_nothing(seed):
     model, prompt = language(8, seed), [1, 2]
-    history, greedy = list(prompt), []
-    while len(greedy) < 5 and (not greedy or greedy[-1] != EOS):
-        greedy.append(int(model(history).argmax()))
-        history.append(greedy[-1])
+    greedy = likeliest(model, prompt, 5)
     params = SamplingParams(num_beams=3, num_beam_groups=3, diversity_penalty=1e-9, num_return_sequences=3)
     assert [answer.token_ids for answer in run(model, rules(params, prompt, 5))] == [greedy] * 3
 

@@ -152,8 +152,7 @@ class BeamSearch:
         self._add_finished(answers, complete, scores, ends)
 
         self._can_improve = self._can_improve and self._beats_finished()
-        full = self._rules.params.early_stopping is True and bool(self._is_finished.all())
-        self.done = not self._can_improve or full or bool(ends.all())
+        self.done = not self._can_improve or self._is_full() or bool(ends.all())
         rows = [min(parents[place], logits.shape[0] - 1) for place in places]  # behind the prompt all beams share a row
         return BeamStep([tokens[place] for place in places], rows)
 
@@ -182,7 +181,7 @@ class BeamSearch:
         """Let the answers that end here take the places of worse ones."""
         # Only the first num_beams candidates count: the others are there to run on.
         ended = ends & (torch.arange(ends.shape[1]) < self._num_beams)
-        full = self._rules.params.early_stopping is True and bool(self._is_finished.all())
+        full = self._is_full()
         scores = scores / self._rules.divisor(self._num_tokens)
         scores = scores + full * NEVER + (not self._can_improve) * NEVER + ~ended * NEVER
         merged_scores = torch.cat((self._finished_scores, scores), dim=1)
@@ -191,6 +190,10 @@ class BeamSearch:
         self._is_finished = torch.cat((self._is_finished, ended), dim=1).gather(1, best)
         merged = [*self._finished, *(Answer(*item) for item in zip(answers, scores[0].tolist(), complete, strict=True))]
         self._finished = [merged[place] for place in best[0].tolist()]
+
+    def _is_full(self) -> bool:
+        """Whether there are enough answers for a search that stops early."""
+        return self._rules.params.early_stopping is True and bool(self._is_finished.all())
 
     def _beats_finished(self) -> bool:
         """Whether the best running beam may still become better than the worst finished answer."""
@@ -237,9 +240,8 @@ class GroupBeamSearch:
 
     def step(self, logits: Tensor, *, out_of_time: bool = False) -> BeamStep:
         """See `Search.step`; a group that is done has no rows any more."""
-        log_probs = logits.log_softmax(-1)
         num_running = sum(not group.done for group in self._groups) * self._size
-        log_probs = log_probs.expand(num_running, -1)
+        log_probs = logits.log_softmax(-1).expand(num_running, -1)
         self._num_tokens += 1
         chosen: list[int] = []  # by all earlier groups in this step
         step = BeamStep([], [])

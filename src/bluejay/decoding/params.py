@@ -99,8 +99,7 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, float(value))
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if self.bad_words_ids is not None:
             object.__setattr__(self, "bad_words_ids", tuple(tuple(word) for word in self.bad_words_ids))
         if self.eos_token_id is not None:
@@ -118,8 +117,8 @@ class SamplingParams:
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
-        """`stop`, always as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        """`stop`, which is a tuple by now."""
+        return tuple(self.stop)
 
     def eos_ids(self, model_eos: int | None) -> tuple[int, ...]:
         """The ids that end an answer, where the model's own is `model_eos`; empty where nothing does."""
@@ -184,7 +183,7 @@ def _wrong_values(params: SamplingParams) -> Iterator[tuple[str, str]]:
     for name in _FLAGS:
         if not isinstance(getattr(params, name), bool):
             yield name, "expected True or False"
-    if params.early_stopping not in ("never",) and not isinstance(params.early_stopping, bool):
+    if params.early_stopping != "never" and not isinstance(params.early_stopping, bool):
         yield "early_stopping", "expected True, False or 'never'"
     yield from _wrong_lists(params)
 

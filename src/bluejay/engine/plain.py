@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -173,13 +173,13 @@ class PlainEngine:
         params, began = sequence.params, self._clock()
         search = beam_search(
             BeamRules(
-                params,
-                sequence.history,
-                sequence.choice.processors,
-                sequence.eos_ids,
-                sequence.max_new_tokens,
-                generator_for(params, 0, self._device) if params.do_sample else None,
-                sequence.holds_stop_text if params.stop_texts else None,
+                params=params,
+                prompt=sequence.history,
+                processors=sequence.choice.processors,
+                eos_ids=sequence.eos_ids,
+                max_new_tokens=sequence.max_new_tokens,
+                generator=generator_for(params, 0, self._device) if params.do_sample else None,
+                is_stopped=sequence.holds_stop_text if params.stop_texts else None,
             )
         )
         logits = self._prefill(cache, [sequence.history])
@@ -318,16 +318,8 @@ class _Sequence:
         """The sequences that the request asks for, each with its own randomness."""
         for index in range(self.params.num_return_sequences):
             generator = generator_for(self.params, index, device) if self.params.do_sample else None
-            yield _Sequence(
-                self.request,
-                index,
-                list(self.history),
-                self.params,
-                self.eos_ids,
-                self.max_new_tokens,
-                Choice(self.choice.processors, generator),
-                self.tokenizer,
-            )
+            choice = Choice(self.choice.processors, generator)
+            yield replace(self, index=index, history=list(self.history), choice=choice)
 
     def accept(self, token_id: int | None, logits: Tensor, elapsed_s: float) -> GenerationEvent:
         """Append the chosen token; logits [1, V] are those that it was chosen from."""
