@@ -6,7 +6,7 @@ ORACLE := .venvs/oracle
 # pip checks for its own updates and keeps notices on stderr: neither belongs into a first run.
 PIP := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow check default-model format clean
 .DEFAULT_GOAL := demo
 
 ## demo: install, then write a story with the default model
@@ -29,6 +29,16 @@ check: $(VENV)/.tested
 	$(BIN)/ruff check src tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+## default-model: train the default model and its draft again; needs ../shared/data/stories and some hours
+default-model: $(VENV)/.tested
+	$(BIN)/bluejay train recipes/default.toml
+	$(BIN)/bluejay convert runs/default/model src/bluejay/default_model --dtype float16 --force
+	$(BIN)/bluejay train recipes/default-draft.toml
+	$(BIN)/bluejay convert runs/default-draft/model src/bluejay/default_model/draft --dtype float16 --force
+	cp runs/default/loss.png src/bluejay/default_model/loss.png
+	cd src/bluejay/default_model && sha256sum *.json *.safetensors merges.txt > SHA256SUMS
+	cd src/bluejay/default_model/draft && sha256sum *.json *.safetensors merges.txt > SHA256SUMS
 
 format: $(VENV)/.tested
 	$(BIN)/ruff format src tests

@@ -40,7 +40,8 @@ def inside(directory: Path, name: str) -> Path:
     """The file `name` of `directory`, which need not exist.
 
     A link may lead to a file of the same directory, or from a snapshot of Hugging Face's cache to its blobs:
-    hub/models--O--N/snapshots/COMMIT/name -> hub/models--O--N/blobs/HASH, which may itself be a link -> hub/blobs/XX/HASH.
+
+        hub/models--O--N/snapshots/COMMIT/name -> hub/models--O--N/blobs/HASH [-> hub/blobs/XX/HASH, shared by models]
 
     Raises: CheckpointError if the name is a path or the file is a link that leads elsewhere.
     """
