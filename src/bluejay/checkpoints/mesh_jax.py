@@ -106,9 +106,11 @@ class MeshJaxCheckpoint:
 
         Args:
             path: the directory that holds shard_0.
-            config: mesh-transformer-jax's JSON config, such as 6B_roto_256.json.
+            config: mesh-transformer-jax's JSON config, such as 6B_roto_256.json; None for a config.json beside shard_0.
         Raises: CheckpointError, ConfigError.
         """
+        if config is None and (path / "config.json").is_file():
+            config = inside(path, "config.json")
         if config is None:
             raise ConfigError(
                 f"{path}: a mesh-transformer-jax checkpoint does not describe its network; "

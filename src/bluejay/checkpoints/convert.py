@@ -1,0 +1,139 @@
+"""From any format to any format, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bluejay.checkpoints.formats import Checkpoint, TensorInfo, check_dtype, open_checkpoint, widest_dtype
+from bluejay.checkpoints.hf import CONFIG, WEIGHTS
+from bluejay.checkpoints.mesh_jax import is_mesh_jax
+from bluejay.checkpoints.mesh_jax_writer import check_writable, write_mesh_jax
+from bluejay.checkpoints.save import copy_tokenizer_files, save
+from bluejay.checkpoints.torch_bin_writer import write_torch_bin
+from bluejay.errors import CheckpointError, ConfigError
+
+FORMATS = ("safetensors", "torch_bin", "mesh_jax")
+TORCH_BIN = "pytorch_model.bin"
+_STAGING = ".converting"
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    config: Path | None = None,
+    dtype: torch.dtype | None = None,
+    to: str = "safetensors",
+    cores_per_replica: int = 8,
+    force: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Path]:
+    """Write a checkpoint of any format in another one, with its tokenizer.
+
+    Memory holds one tensor, as stored and as written. config.json is written last: an interrupted conversion leaves a
+    directory that does not open.
+
+    Args:
+        source: a checkpoint.
+        target: a directory; made if it is not there.
+        config: the source's config file, where it is not the config.json beside its weights.
+        dtype: float32, bfloat16 or float16; None keeps what is stored.
+        to: "safetensors" (Hugging Face, in shards of 5 GB), "torch_bin" (one pytorch_model.bin) or "mesh_jax" (slim).
+        cores_per_replica: shards of a mesh_jax target.
+        force: write into a directory that is not empty, over a Hugging Face model of the same format.
+        on_progress: called with the bytes written so far and the bytes in all.
+    Returns: the files written.
+    Raises: CheckpointError, ConfigError, before anything is written if the source or the target will not do.
+    """
+    if to not in FORMATS:
+        raise ConfigError(f"to is {to!r}, expected one of {', '.join(FORMATS)}")
+    checkpoint = open_checkpoint(source, config=config)
+    checkpoint.check()
+    infos = _as_written(checkpoint, dtype)
+    if to == "mesh_jax":
+        check_writable(checkpoint.config, cores_per_replica)
+    _check_target(source, target, to, force)
+    made = not target.exists()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        tokenizer = copy_tokenizer_files(source, target)
+        if to == "safetensors":
+            return tokenizer + save(checkpoint, checkpoint.config, target, dtype=dtype, on_progress=on_progress)
+        return tokenizer + _write_other(checkpoint, infos, target, to, cores_per_replica, on_progress)
+    except OSError as error:
+        raise CheckpointError(f"{target}: the model cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(target / _STAGING, ignore_errors=True)
+        if made and not (target / CONFIG).exists():
+            shutil.rmtree(target, ignore_errors=True)
+
+
+def _as_written(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
+    kept = None if dtype is None else check_dtype(dtype)
+    return {name: replace(info, dtype=kept or info.dtype) for name, info in checkpoint.tensors().items()}
+
+
+def _check_target(source: Path, target: Path, to: str, force: bool) -> None:
+    """Refuse a target where the source, or a model that would get mixed with this one, is.
+
+    Raises: CheckpointError.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target}: is a file, expected a directory")
+    if target.samefile(source) or target.samefile(source.parent):
+        raise CheckpointError(f"{target}: the source is there; convert into another directory")
+    there = [path.name for path in target.iterdir() if path.name != _STAGING]
+    if there and not force:
+        raise CheckpointError(f"{target}: is not empty; choose another directory, or overwrite (--force)")
+    written = {"safetensors": WEIGHTS[:2], "torch_bin": (TORCH_BIN,), "mesh_jax": ()}[to]
+    others = [name for name in WEIGHTS if name in there and name not in written]
+    others += ["shard_0"] * is_mesh_jax(target)
+    if others:
+        raise CheckpointError(f"{target}: holds {', '.join(others)}, which {to} does not replace; remove it first")
+
+
+def _write_other(
+    checkpoint: Checkpoint,
+    infos: dict[str, TensorInfo],
+    target: Path,
+    to: str,
+    cores_per_replica: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> list[Path]:
+    """Write pytorch_model.bin or the shards into a directory of their own, then move them into place."""
+    total = sum(info.num_bytes for info in infos.values())
+    free = shutil.disk_usage(target).free
+    if total > free:
+        raise CheckpointError(f"{target}: the weights take {total:,} bytes, the disk has {free:,} free")
+    done = 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if on_progress is not None:
+            on_progress(done, total)
+
+    staging = target / _STAGING
+    shutil.rmtree(staging, ignore_errors=True)  # a conversion that was killed may have left something
+    staging.mkdir()
+    if to == "torch_bin":
+        write_torch_bin(staging / TORCH_BIN, infos, checkpoint.read, advance)
+        stored = str(widest_dtype(info.dtype for info in infos.values())).removeprefix("torch.")
+        described = replace(checkpoint.config, torch_dtype=stored).to_dict()
+    else:
+        described = write_mesh_jax(staging, checkpoint, infos, cores_per_replica, advance)
+    files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
+    (target / CONFIG).unlink(missing_ok=True)
+    for path in list(staging.iterdir()):
+        path.replace(target / path.name)
+    (staging / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (staging / CONFIG).replace(target / CONFIG)
+    return [target / path for path in (*files, Path(CONFIG))]
