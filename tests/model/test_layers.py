@@ -64,6 +64,8 @@ def test_a_tied_head_has_no_weight_of_its_own():
     assert not tied.state_dict()
     torch.testing.assert_close(tied(hidden_states, embedding), hidden_states @ embedding.T)
     untied = Head(4, 5, bias=True, tied=False)
+    for weight in untied.parameters():
+        torch.nn.init.normal_(weight)
     torch.testing.assert_close(
         untied(hidden_states, embedding), F.linear(hidden_states, untied.weight, untied.bias), atol=1e-6, rtol=0
     )

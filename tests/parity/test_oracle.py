@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bluejay.model import ModelConfig, build
+from bluejay.model import ModelConfig
 
 CONFIG = ModelConfig(
     "gptj", vocab_size=50, n_positions=64, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, bos_token_id=0, eos_token_id=0
@@ -13,9 +13,8 @@ CONFIG = ModelConfig(
 
 
 @pytest.fixture(scope="module")
-def handle(oracle, write_hf):
-    torch.manual_seed(0)
-    handle = oracle.open(write_hf(build(CONFIG)))
+def handle(oracle, write_hf, make_model):
+    handle = oracle.open(write_hf(make_model(CONFIG)))
     yield handle
     oracle.close(handle)
 
@@ -25,8 +24,8 @@ def test_what_transformers_raises_comes_back_with_its_class(oracle, handle):
         oracle.generate(handle, [[1, 2]], num_return_sequences=3, max_new_tokens=2)
 
 
-def test_a_key_that_transformers_misses_is_an_error(oracle, write_hf):
-    model = build(CONFIG)
+def test_a_key_that_transformers_misses_is_an_error(oracle, write_hf, make_model):
+    model = make_model(CONFIG)
     del model.transformer.ln_f.bias
     model.transformer.ln_f.register_buffer("extra", torch.zeros(1))
     with pytest.raises(Exception, match=r"ln_f\.bias.*ln_f\.extra"):
