@@ -1,0 +1,5 @@
+"""`python -m bluejay` is `bluejay`."""
+
+from bluejay.cli import main
+
+main()
