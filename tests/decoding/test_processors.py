@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bluejay.decoding import SamplingParams
@@ -162,6 +162,7 @@ def test_scores_that_come_in_stay_as_they_are():
         },
     ),
 )
+@settings(max_examples=60, deadline=None)
 def test_narrowing_leaves_a_distribution_with_the_likeliest_token_or_a_typical_one(values, options):
     processors = chain(vocab_size=len(values), do_sample=True, **options)
     result = P.process(processors, scores(values), [[0]])

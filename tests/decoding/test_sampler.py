@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bluejay.decoding import SamplingParams
@@ -30,6 +30,7 @@ def test_each_row_has_its_own_way():
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(1, 4), st.integers(0, 3))
+@settings(max_examples=30, deadline=None)
 def test_a_seed_draws_the_same_whatever_else_is_in_the_batch(seed, others, place):
     logits = torch.zeros(1, 1000)
     alone = choose(logits, [sampling(seed)], [[0]])
@@ -64,9 +65,9 @@ def test_draws_follow_the_distribution():
     generator = torch.Generator().manual_seed(0)
     scores = torch.tensor([[0.1, 0.2, 0.7]]).log()
     counts = torch.zeros(3)
-    for _ in range(2000):
+    for _ in range(1000):
         counts[draw(scores, 1, generator)] += 1
-    assert torch.allclose(counts / 2000, torch.tensor([0.1, 0.2, 0.7]), atol=0.04)
+    assert torch.allclose(counts / 1000, torch.tensor([0.1, 0.2, 0.7]), atol=0.05)
 
 
 def test_several_draws_do_not_repeat():

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bluejay.decoding import FinishReason, SamplingParams
@@ -68,6 +68,7 @@ def test_without_stop_texts_everything_passes():
     st.lists(st.text("ab", max_size=4), max_size=12),
     st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
 )
+@settings(deadline=None)
 def test_shown_text_is_the_whole_text_up_to_the_first_stop_text_that_is_complete(pieces, stops):
     stop = StopText(tuple(stops))
     shown = ""

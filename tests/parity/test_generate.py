@@ -13,6 +13,7 @@ from bluejay.decoding import SamplingParams
 from bluejay.decoding.processors import process, processors_for
 from bluejay.engine.plain import PlainEngine
 from bluejay.engine.request import GenerationRequest
+from bluejay.errors import InvalidRequest
 from bluejay.model import CausalAttention, ModelConfig
 
 V = 48
@@ -215,3 +216,33 @@ def test_a_batch_of_mixed_requests_equals_each_alone(pair):
     together = pair.engine.generate(requests)
     for request, output in zip(requests, together, strict=True):
         assert output.sequences == pair.engine.generate([request])[0].sequences
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_return_sequences": 2},
+        {"num_beams": 2, "num_return_sequences": 3},
+        {"num_beams": 4, "num_beam_groups": 2},
+        {"num_beams": 4, "num_beam_groups": 3, "diversity_penalty": 1.0},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0, "do_sample": True},
+        {"num_beams": 4, "diversity_penalty": 1.0},
+        {"diversity_penalty": 1.0},
+        {"num_beams": 2, "early_stopping": "always"},
+        {"max_new_tokens": 0},
+        {"max_length": 3},
+        {"do_sample": True, "temperature": 0.0},
+        {"do_sample": True, "top_k": -1},
+        {"do_sample": True, "top_p": -0.1},
+        {"do_sample": True, "min_p": 1.1},
+        {"do_sample": True, "typical_p": 0.0},
+        {"repetition_penalty": 0.0},
+        {"bad_words_ids": []},
+        {"bad_words_ids": [[V]]},
+    ],
+)
+def test_what_transformers_refuses_is_refused(pair, options):
+    with pytest.raises(Exception, match="Error: "):
+        pair.oracle.generate(pair.handle, [[1, 2, 3]], **theirs(options))
+    with pytest.raises(InvalidRequest):
+        ours(pair, [1, 2, 3], options)
