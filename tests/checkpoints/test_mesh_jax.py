@@ -371,3 +371,8 @@ def test_the_config_is_that_of_the_network(written):
     assert open_checkpoint(folder, config=config).config == ModelConfig(
         "gptj", vocab_size=VOCAB, n_positions=16, n_embd=WIDTH, n_layer=2, n_head=8, rotary_dim=4
     )
+
+
+def test_a_directory_without_shards_is_told_so(tmp_path):
+    with pytest.raises(CheckpointError, match="shard_0 is missing, there should be 1"):
+        MeshJaxCheckpoint.open(tmp_path, write_config(tmp_path / "c.json", cores_per_replica=None))

@@ -50,15 +50,21 @@ class _Parameter:
     parts: tuple[_Part, ...]
 
     @property
+    def transposed(self) -> bool:
+        """Whether Hugging Face has rows where mesh-transformer-jax has columns."""
+        return self.name.endswith("/w") and self.name != "embedding/w"
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        """The whole's dims, before it is transposed."""
+        """The whole's dims, as Hugging Face has them."""
         dims = list(self.parts[0].array.shape)
         if self.merge in ("rows", "columns"):
             dims[self.axis] *= len(self.parts)
-        return tuple(dims)
+        return tuple(reversed(dims) if self.transposed else dims)
 
     @property
     def axis(self) -> int:
+        """Along which the parts are laid end to end, as mesh-transformer-jax has them."""
         return -1 if self.merge == "columns" else 0
 
     @property
@@ -83,7 +89,7 @@ class MeshJaxCheckpoint:
         self.config = config
         shards = _find_shards(path, num_shards)
         table = leaf_table(config.n_layer)
-        leaves = [list(_param_leaves(shard, files, len(table))) for shard, files in shards.items()]
+        leaves = [list(_param_leaves(files, len(table))) for files in shards]
         self._parameters = {
             key: _Parameter(name, merge, parts)
             for (name, key, merge), parts in zip(table, zip(*leaves, strict=True), strict=True)
@@ -91,11 +97,7 @@ class MeshJaxCheckpoint:
         if problems := list(_part_problems(self._parameters.values())):
             raise CheckpointError(f"{path}: the shards do not fit together:\n{listing(problems)}")
         self._tensors = {
-            key: TensorInfo(
-                _hf(torch.empty(parameter.shape, device="meta"), key).shape,
-                parameter.dtype,
-                parameter.parts[0].file.path,
-            )
+            key: TensorInfo(parameter.shape, parameter.dtype, parameter.parts[0].file.path)
             for key, parameter in self._parameters.items()
             if key != _EMBEDDING_BIAS
         }
@@ -133,7 +135,7 @@ class MeshJaxCheckpoint:
         whole = _merge(self._parameters[name])
         if name == _EMBEDDING:
             whole = whole.float().add_(_merge(self._parameters[_EMBEDDING_BIAS]))
-        return _hf(whole, name)
+        return whole
 
     def check(self) -> None:
         """Hold the weights against the config.
@@ -205,13 +207,13 @@ def read_config(path: Path) -> tuple[ModelConfig, int | None]:
     return config, sizes.get("cores_per_replica")
 
 
-def _find_shards(path: Path, num_shards: int | None) -> dict[str, list[Path]]:
+def _find_shards(path: Path, num_shards: int | None) -> list[list[Path]]:
     """The files of each shard, in order.
 
     Raises: CheckpointError that lists every shard and file that is missing or one too many.
     """
     there = {entry.name for entry in path.iterdir() if _SHARD.fullmatch(entry.name) and entry.is_dir()}
-    count = num_shards if num_shards is not None else len(there)
+    count = num_shards if num_shards is not None else max(len(there), 1)
     # No more than can be told: the config may claim any number.
     names = [f"shard_{i}" for i in range(min(count, len(there) + MAX_PRINTED))]
     problems = [f"{name} is missing, there should be {count}" for name in names if name not in there]
@@ -223,10 +225,10 @@ def _find_shards(path: Path, num_shards: int | None) -> dict[str, list[Path]]:
         problems += [f"{name}/{file} is missing" for file in expected if file not in found]
     if problems:
         raise CheckpointError(f"{path}: is not complete:\n{listing(problems)}")
-    return {name: [inside(path / name, file) for file in expected] for name in names}
+    return [[inside(path / name, file) for file in expected] for name in names]
 
 
-def _param_leaves(shard: str, paths: list[Path], num_params: int) -> Iterator[_Part]:
+def _param_leaves(paths: list[Path], num_params: int) -> Iterator[_Part]:
     """The shard's arrays that are parameters; their headers are read, those of the optimiser's are not."""
     files = [NpzFile(path) for path in paths]
     found = sum(file.num_arrays for file in files)
@@ -257,7 +259,7 @@ def _part_problems(parameters: Iterable[_Parameter]) -> Iterator[str]:
 
 
 def _merge(parameter: _Parameter) -> Tensor:
-    """The whole of a parameter, as mesh-transformer-jax lays it out."""
+    """The whole of a parameter, as Hugging Face lays it out."""
     parts = parameter.parts
     if parameter.merge == "first":
         return parts[0].file.read(parts[0].array)
@@ -265,11 +267,7 @@ def _merge(parameter: _Parameter) -> Tensor:
         return torch.stack([part.file.read(part.array).float() for part in parts]).sum(0)
     whole = torch.empty(parameter.shape, dtype=parameter.dtype)
     # One part at a time, so that memory holds the whole and a part.
-    for part, room in zip(parts, whole.chunk(len(parts), parameter.axis), strict=True):
+    rooms = (whole.T if parameter.transposed else whole).chunk(len(parts), parameter.axis)
+    for part, room in zip(parts, rooms, strict=True):
         room.copy_(part.file.read(part.array))
     return whole
-
-
-def _hf(whole: Tensor, key: str) -> Tensor:
-    """A parameter as Hugging Face lays it out: matrices [out, in], the embedding as it is."""
-    return whole if whole.dim() < 2 or key == _EMBEDDING else whole.T
