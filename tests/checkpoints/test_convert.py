@@ -135,6 +135,19 @@ def test_a_target_that_is_not_empty_is_refused_unless_forced(source, tmp_path):
     assert (target / "notes.txt").read_text() == "mine"
 
 
+def test_a_failure_leaves_the_model_that_was_there(source, tmp_path):
+    def fail(done, total):
+        raise KeyboardInterrupt
+
+    target = tmp_path / "there"
+    convert(source, target)
+    (source / "tokenizer.json").write_text("[]")
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, target, dtype=torch.float16, force=True, on_progress=fail)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+
+
 @pytest.mark.parametrize(("first", "then"), [("safetensors", "torch_bin"), ("torch_bin", "safetensors")])
 def test_weights_of_another_format_are_never_left_beside_the_new(source, tmp_path, first, then):
     convert(source, tmp_path / "there", to=first)

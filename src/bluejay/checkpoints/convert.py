@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 
 from bluejay.checkpoints.formats import Checkpoint, TensorInfo, check_dtype, open_checkpoint, widest_dtype
 from bluejay.checkpoints.hf import CONFIG, WEIGHTS
+from bluejay.checkpoints.keymaps import TOKENIZER_FILES
 from bluejay.checkpoints.mesh_jax import is_mesh_jax
 from bluejay.checkpoints.mesh_jax_writer import check_writable, write_mesh_jax
 from bluejay.checkpoints.save import copy_tokenizer_files, save
@@ -21,6 +23,7 @@ from bluejay.errors import CheckpointError, ConfigError
 FORMATS = ("safetensors", "torch_bin", "mesh_jax")
 TORCH_BIN = "pytorch_model.bin"
 _STAGING = ".converting"
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
 
 def convert(
@@ -60,16 +63,20 @@ def convert(
         check_writable(checkpoint.config, cores_per_replica)
     _check_target(source, target, to, force)
     made = not target.exists()
+    staging = target / _STAGING
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        tokenizer = copy_tokenizer_files(source, target)
+        shutil.rmtree(staging, ignore_errors=True)  # a conversion that was killed may have left something
+        staging.mkdir(parents=True)
+        copy_tokenizer_files(source, staging)
         if to == "safetensors":
-            return tokenizer + save(checkpoint, checkpoint.config, target, dtype=dtype, on_progress=on_progress)
-        return tokenizer + _write_other(checkpoint, infos, target, to, cores_per_replica, on_progress)
+            save(checkpoint, checkpoint.config, staging, dtype=dtype, on_progress=on_progress)
+        else:
+            _write_other(checkpoint, infos, staging, to, cores_per_replica, on_progress)
+        return _move_into_place(staging, target)
     except OSError as error:
         raise CheckpointError(f"{target}: the model cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(target / _STAGING, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         if made and not (target / CONFIG).exists():
             shutil.rmtree(target, ignore_errors=True)
 
@@ -103,16 +110,16 @@ def _check_target(source: Path, target: Path, to: str, force: bool) -> None:
 def _write_other(
     checkpoint: Checkpoint,
     infos: dict[str, TensorInfo],
-    target: Path,
+    folder: Path,
     to: str,
     cores_per_replica: int,
     on_progress: Callable[[int, int], None] | None,
-) -> list[Path]:
-    """Write pytorch_model.bin or the shards into a directory of their own, then move them into place."""
+) -> None:
+    """Write pytorch_model.bin or the shards, and the config that goes with them."""
     total = sum(info.num_bytes for info in infos.values())
-    free = shutil.disk_usage(target).free
+    free = shutil.disk_usage(folder).free
     if total > free:
-        raise CheckpointError(f"{target}: the weights take {total:,} bytes, the disk has {free:,} free")
+        raise CheckpointError(f"{folder.parent}: the weights take {total:,} bytes, the disk has {free:,} free")
     done = 0
 
     def advance(num_bytes: int) -> None:
@@ -121,19 +128,25 @@ def _write_other(
         if on_progress is not None:
             on_progress(done, total)
 
-    staging = target / _STAGING
-    shutil.rmtree(staging, ignore_errors=True)  # a conversion that was killed may have left something
-    staging.mkdir()
     if to == "torch_bin":
-        write_torch_bin(staging / TORCH_BIN, infos, checkpoint.read, advance)
+        write_torch_bin(folder / TORCH_BIN, infos, checkpoint.read, advance)
         stored = str(widest_dtype(info.dtype for info in infos.values())).removeprefix("torch.")
         described = replace(checkpoint.config, torch_dtype=stored).to_dict()
     else:
-        described = write_mesh_jax(staging, checkpoint, infos, cores_per_replica, advance)
+        described = write_mesh_jax(folder, checkpoint, infos, cores_per_replica, advance)
+    (folder / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _move_into_place(staging: Path, target: Path) -> list[Path]:
+    """Move a complete model into its directory; without config.json, first gone and last to come, it does not open."""
     files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
+    entries = sorted(staging.iterdir(), key=lambda path: path.name == CONFIG)
     (target / CONFIG).unlink(missing_ok=True)
-    for path in list(staging.iterdir()):
+    # Of the model before, no shard is to stay beside the new ones, and no half of its tokenizer.
+    new_tokenizer = any(path.name in TOKENIZER_FILES for path in entries)
+    for path in list(target.iterdir()):
+        if _WEIGHTS.fullmatch(path.name) or (new_tokenizer and path.name in TOKENIZER_FILES):
+            path.unlink()
+    for path in entries:
         path.replace(target / path.name)
-    (staging / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (staging / CONFIG).replace(target / CONFIG)
-    return [target / path for path in (*files, Path(CONFIG))]
+    return [target / path for path in files]
