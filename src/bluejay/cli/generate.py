@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Any] = {"max_new_tokens": 128}
 
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT…", help="Texts to go on from; - reads one from stdin.")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to go on from; - reads one from stdin.")
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Path or name; the default model if none.", show_default=False)
