@@ -6,7 +6,6 @@ Torch takes a second to import, so verbs import what they need when they run: `-
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
@@ -56,16 +55,13 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; a `BluejayError` becomes one line on stderr and an exit code."""
+    """Run the command line; a `BluejayError` becomes one line on stderr and an exit code.
+
+    Typer itself sees to Ctrl-C (130) and to a reader that left (1).
+    """
     try:
         app()
     except BluejayError as error:
         typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
         typer.echo(str(error), err=True)
         sys.exit(2 if isinstance(error, ConfigError | RequestError) else 1)
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader left (`| head`); nothing more can be said on stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
