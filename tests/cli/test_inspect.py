@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 
 from bluejay.checkpoints import save
 from bluejay.cli.inspect import inspect
+from bluejay.errors import ModelNotFound
 from bluejay.tokenizer import train_bpe
 
 
@@ -77,9 +78,15 @@ def test_json_names_each_tensor(folder):
 
 
 def test_json_of_a_broken_model_is_still_json(tmp_path):
-    result = run(tmp_path / "nowhere", "--json")
+    result = run(tmp_path, "--json")
     assert result.exit_code == 1
-    assert "no such file" in json.loads(result.stdout)["problems"][0]
+    assert "config.json" in json.loads(result.stdout)["problems"][0]
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    result = run(tmp_path / "nowhere", "--json")
+    assert isinstance(result.exception, ModelNotFound)
+    assert "nowhere" in str(result.exception)
 
 
 def test_help_has_examples():

@@ -27,8 +27,10 @@ class Format(StrEnum):
 
 def convert(
     source: Annotated[
-        Path,
-        typer.Argument(help="A model's directory, step_N of mesh-transformer-jax, or one .safetensors or .bin file."),
+        str,
+        typer.Argument(
+            help="A model's directory or name, step_N of mesh-transformer-jax, or one .safetensors or .bin file."
+        ),
     ],
     target: Annotated[Path, typer.Argument(help="The directory to write; made if it is not there.")],
     dtype: Annotated[
@@ -76,6 +78,7 @@ def convert(
     )
 
     from bluejay import checkpoints
+    from bluejay.checkpoints import hub
 
     columns = (
         TextColumn("converting"),
@@ -87,7 +90,7 @@ def convert(
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("converting", total=None)
         written = checkpoints.convert(
-            source,
+            hub.resolve(source),
             target,
             config=config,
             dtype=None if dtype is None else getattr(torch, dtype),

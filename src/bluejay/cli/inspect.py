@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A model's directory, or one .safetensors or .bin file.")],
+    model: Annotated[str, typer.Argument(help="A model's directory or name, or one .safetensors or .bin file.")],
     config: Annotated[
         Path | None,
         typer.Option(
@@ -32,6 +32,8 @@ def inspect(
 
     [bold]Examples[/bold]
 
+        bluejay inspect default
+
         bluejay inspect gpt-j-6b/
 
         bluejay inspect step_383500/ --config 6B_roto_256.json
@@ -41,8 +43,10 @@ def inspect(
     from rich.console import Console
 
     from bluejay import checkpoints
+    from bluejay.checkpoints import hub
     from bluejay.tokenizer import load_tokenizer
 
+    path = hub.resolve(model)
     found = checkpoints.inspect(
         path, config=config, count_tokens=lambda directory: len(load_tokenizer(directory).known_ids)
     )

@@ -132,7 +132,6 @@ class ModelConfig:
                 f"{where}: model_type is {model_type!r}; Bluejay opens {' and '.join(repr(k) for k in _HF_KEYS)}"
             )
         keys = _HF_KEYS[model_type]
-        # GPTJConfig admits GPT-Neo's spellings through its attribute_map, and older files carry them.
         values: dict[str, Any] = {}
         missing: list[str] = []
         for name, key in keys.items():
