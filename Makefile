@@ -32,9 +32,9 @@ check: $(VENV)/.tested
 
 ## default-model: train the default model and its draft again; needs ../shared/data/stories and some hours
 default-model: $(VENV)/.tested
-	$(BIN)/bluejay train recipes/default.toml
+	$(BIN)/bluejay train recipes/default.toml --fresh
 	$(BIN)/bluejay convert runs/default/model src/bluejay/default_model --dtype float16 --force
-	$(BIN)/bluejay train recipes/default-draft.toml
+	$(BIN)/bluejay train recipes/default-draft.toml --fresh
 	$(BIN)/bluejay convert runs/default-draft/model src/bluejay/default_model/draft --dtype float16 --force
 	cp runs/default/loss.png src/bluejay/default_model/loss.png
 	cd src/bluejay/default_model && sha256sum *.json *.safetensors merges.txt > SHA256SUMS

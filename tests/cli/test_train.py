@@ -3,6 +3,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from bluejay.cli import app
+from bluejay.errors import ConfigError
 
 RECIPE = """
 output_dir = "run"
@@ -43,3 +44,21 @@ def test_train_then_generate_then_measure(tmp_path: Path) -> None:
     model = str(tmp_path / "run" / "model")
     assert "The" in run("generate", "The", "--model", model, "--greedy")
     assert "bits_per_byte" in run("perplexity", str(tmp_path / "stories.txt"), "--model", model)
+
+
+def test_a_wrong_device_is_said_before_an_old_run_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "stories.txt").write_text("The fox sang.<|endoftext|>" * 40)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    old = tmp_path / "run" / "checkpoints" / "step_00000001"
+    old.mkdir(parents=True)
+    done = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.toml"), "--fresh", "--device", "cuda:77"])
+    assert isinstance(done.exception, ConfigError)
+    assert old.is_dir()
+
+
+def test_settings_reach_the_run(tmp_path: Path) -> None:
+    (tmp_path / "stories.txt").write_text("The fox sang.<|endoftext|>" * 40)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    done = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.toml")], env={"BLUEJAY_DEVICE": "cuda:77"})
+    assert isinstance(done.exception, ConfigError)
+    assert "cuda:77" in str(done.exception)

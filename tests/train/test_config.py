@@ -52,6 +52,9 @@ def test_everything_wrong_is_said_at_once(recipe: Callable[..., Path]) -> None:
         (('train = ["stories.txt"]', 'train = [{ file = "stories.txt", repeat = 0 }]'), "repeat is 0"),
         (('train = ["stories.txt"]', "train = []"), "must be a list of files"),
         (("seed = 3", 'seed = 3\ntune_model_path = "x"'), "either"),
+        (("seed = 3", "seed = -1"), "seed is -1"),
+        (("lr = 1e-2", "lr = inf"), "lr is inf"),
+        (("rotary_dim = 4", "rotary_dim = 4\nn_iner = 9"), "unknown key model.n_iner"),
         (("[tokenizer]\nvocab_size = 300", ""), "either tokenizer.vocab_size"),
     ],
 )

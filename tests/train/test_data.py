@@ -1,6 +1,7 @@
 import gzip
 import json
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +45,14 @@ def test_a_broken_line_of_jsonl_is_named(tmp_path: Path) -> None:
         list(documents(path))
 
 
-def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt.xz"
-    path.write_bytes(lzma.compress(b"text" * 1000)[:-20])
-    with pytest.raises(ConfigError, match=r"a\.txt\.xz"):
-        list(documents(path))
+@pytest.mark.parametrize(("suffix", "compress"), [(".xz", lzma.compress), (".gz", gzip.compress)])
+def test_a_damaged_archive_is_named(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / f"a.txt{suffix}"
+    whole = compress(b"text" * 1000)
+    for damaged in (whole[:-20], whole[:12] + b"\xff\xff\xff\xff" + whole[16:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"a\.txt"):
+            list(documents(path))
 
 
 def test_pack_ends_each_document_and_is_made_once(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -135,7 +135,7 @@ def test_bits_per_byte_agrees_with_its_definition(recipe: Callable[..., Path]) -
     config = load_config(recipe())
     train(config, observe, device="cpu")
     run = loop.Run(load_config(recipe(), output_dir=config.output_dir), observe, torch.device("cpu"))
-    run.restore(resume=True)
+    run.restore()
     assert run.validation is not None
     seq = config.recipe.seq
     nats, num_bytes = 0.0, 0
@@ -149,3 +149,55 @@ def test_bits_per_byte_agrees_with_its_definition(recipe: Callable[..., Path]) -
         num_bytes += len(run.tokenizer.decode([int(i) for i in ids[1:] if i != eos]).encode())
     last = [event for event in seen if isinstance(event, loop.Validated)][-1]
     assert last.bits_per_byte == pytest.approx(nats / 0.6931471805599453 / num_bytes, rel=1e-4)
+
+
+def test_a_diverging_step_leaves_the_weights_alone(recipe: Callable[..., Path]) -> None:
+    run = loop.Run(load_config(recipe()), lambda _: None, torch.device("cpu"))
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    with torch.no_grad():
+        run.model.transformer.ln_f.weight[0] = torch.nan
+    with pytest.raises(ConfigError, match=r"at step 1 the loss is nan.*lower recipe\.lr"):
+        run.step(0)
+    after = run.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if name != "transformer.ln_f.weight")
+    assert not run._metrics.exists()
+
+
+@pytest.mark.parametrize(("val_batches", "rows"), [("", "all"), ("val_batches = 2", 4), ("val_batches = 0", 0)])
+def test_val_batches_are_batches(recipe: Callable[..., Path], val_batches: str, rows: int | str) -> None:
+    seen, observe = _events()
+    run = loop.Run(
+        load_config(recipe(replace=('dtype = "float32"', f'dtype = "float32"\n{val_batches}'))),
+        observe,
+        torch.device("cpu"),
+    )
+    assert run.validation is not None
+    read: list[int] = []
+    row = type(run.validation).row
+
+    def counted(self: object, index: int, seq: int) -> object:
+        read.append(index)
+        return row(run.validation, index, seq)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(run.validation), "row", counted)
+        run.validate(1)
+    assert read == list(range(run.validation.rows(16) if rows == "all" else int(rows)))
+    assert any(isinstance(event, loop.Validated) for event in seen) == bool(read)
+
+
+def test_a_line_that_a_crash_cut_does_not_stop_a_resume(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    config = load_config(recipe())
+    train(config, lambda _: None, device="cpu")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tra')
+    train(config, lambda _: None, resume=True, device="cpu")
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in rows][-1] == 8
+
+
+def test_an_output_dir_that_cannot_be_is_named(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = recipe()
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(ConfigError, match=r"output_dir .*run cannot be made"):
+        train(load_config(path), lambda _: None, device="cpu")

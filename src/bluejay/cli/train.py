@@ -19,7 +19,8 @@ def train(
     data_dir: Annotated[Path | None, typer.Option(help="Replaces the recipe's [data] dir.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over: removes the run's checkpoints.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; 0: as many as there are cores.")] = None,
 ) -> None:
     """Train a model from nothing, or fine-tune a checkpoint.
 
@@ -32,7 +33,11 @@ def train(
 
         bluejay train recipes/default.toml --resume
     """
+    import torch
+
     from bluejay.errors import ConfigError
+    from bluejay.model.device import choose_device
+    from bluejay.settings import load_settings
     from bluejay.train import plot
     from bluejay.train.config import load_config
     from bluejay.train.loop import start_over
@@ -40,13 +45,17 @@ def train(
 
     if resume and fresh:
         raise ConfigError("--resume and --fresh exclude each other")
+    settings = load_settings({"device": device, "threads": threads})
+    choose_device(settings.device)  # a wrong one is said before an old run is removed
     read = load_config(config, output_dir=output_dir, data_dir=data_dir)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     if not plot.available():
         typer.echo('note: no loss.png without matplotlib: pip install "bluejay[train]"', err=True)
     if fresh:
         start_over(read)
     with Progressing() as progressing:
-        run(read, progressing, resume=resume, device=device)
+        run(read, progressing, resume=resume, device=settings.device)
 
 
 class Progressing:
@@ -77,7 +86,9 @@ class Progressing:
     def __call__(self, event: Event) -> None:
         from bluejay.train import loop
 
-        say = self._progress.console.print
+        def say(text: str) -> None:
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
         match event:
             case loop.Preparing(what, done):
                 self._prepare(what, done)
@@ -105,8 +116,10 @@ class Progressing:
                 say(f'try: bluejay generate --model {event.model_path} "Once upon a time"')
 
     def _prepare(self, what: str, done: int) -> None:
+        from rich.markup import escape
+
         if what not in self._preparing:
-            self._preparing[what] = self._progress.add_task(what, total=None, figures="")
+            self._preparing[what] = self._progress.add_task(escape(what), total=None, figures="")
         self._progress.update(self._preparing[what], completed=done, figures=f"{done:,} tokens" if done else "")
 
     def _hide_preparing(self) -> None:

@@ -12,7 +12,7 @@ from bluejay import checkpoints
 from bluejay.checkpoints import hub
 from bluejay.checkpoints.hub_cache import DEFAULT_MODEL
 from bluejay.decoding.params import SamplingParams
-from bluejay.engine.device import available_memory_bytes, choose_device, choose_dtype
+from bluejay.model.device import available_memory_bytes, choose_device, choose_dtype
 from bluejay.engine.plain import PlainEngine
 from bluejay.engine.request import GenerationEvent, GenerationRequest, RequestOutput, Score
 from bluejay.errors import CheckpointError, InvalidRequest

@@ -6,6 +6,7 @@ can be read across. Paths are relative to the TOML file.
 
 from __future__ import annotations
 
+import math
 import tomllib
 import types
 from collections.abc import Mapping
@@ -33,7 +34,8 @@ class Recipe:
         beta1, beta2, eps: Adam's; the defaults are optax's, as GPT-J was trained.
         clip: largest global norm of the gradient.
         z_loss: see `bluejay.train.loss.cross_entropy`.
-        val_every, val_batches: validate each so many steps on so many rows; 0 rows means the whole set.
+        val_every, val_batches: validate each so many steps on so many batches of per_replica_batch rows; without
+            val_batches on the whole set, with 0 not at all.
         ckpt_every, keep_every, keep_n: save each so many steps; keep the last n and every multiple of keep_every.
         dtype: of the forward pass; weights and Adam's moments stay float32. "auto": bfloat16 where the device has it.
     """
@@ -53,7 +55,7 @@ class Recipe:
     clip: float = 1.0
     z_loss: float = 0.0
     val_every: int = 500
-    val_batches: int = 0
+    val_batches: int | None = None
     ckpt_every: int = 500
     keep_every: int = 10000
     keep_n: int = 3
@@ -170,7 +172,9 @@ def _model_config(raw: dict[str, Any], problems: list[str]) -> ModelConfig | Non
             if raw["preset"] not in PRESETS:
                 raise ConfigError(f"preset is {raw['preset']!r}, expected one of {sorted(PRESETS)}")
             return PRESETS[raw["preset"]]
-        return ModelConfig.from_dict(raw, where="[model]")
+        config = ModelConfig.from_dict(raw, where="[model]")
+        problems += [f"unknown key model.{key}" for key in config.extras]
+        return config
     except ConfigError as error:
         problems.append(str(error))
         return None
@@ -217,9 +221,12 @@ def _contradictions(config: TrainConfig) -> list[str]:
     for name in ("total_steps", "seq", "per_replica_batch", "gradient_accumulation_steps", "val_every", "ckpt_every"):
         if getattr(r, name) < 1:
             found.append(f"recipe.{name} is {getattr(r, name)}, expected at least 1")
+    if not 0 <= config.seed < 2**63:
+        found.append(f"seed is {config.seed}, expected 0 to 2^63 - 1")
     for name in ("warmup_steps", "val_batches", "lr", "end_lr", "weight_decay", "z_loss", "eps"):
-        if not getattr(r, name) >= 0:
-            found.append(f"recipe.{name} is {getattr(r, name)}, expected 0 or more")
+        value = getattr(r, name)
+        if value is not None and not 0 <= value < math.inf:
+            found.append(f"recipe.{name} is {value}, expected a number of 0 or more")
     for name in ("keep_every", "keep_n", "annealing"):
         if getattr(r, name) < 1:
             found.append(

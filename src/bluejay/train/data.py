@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,7 +44,7 @@ def documents(path: Path) -> Iterator[str]:
             for text in _jsonl(file, path) if is_jsonl else _split(file):
                 if stripped := text.strip():
                     yield stripped
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
         raise ConfigError(f"{path}: not readable as text: {error}") from None
 
 

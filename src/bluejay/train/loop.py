@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 import signal
@@ -23,11 +22,12 @@ from torch import Tensor
 from bluejay import checkpoints
 from bluejay.errors import ConfigError
 from bluejay.model import CausalAttention, ModelConfig, build
+from bluejay.model.device import choose_device
 from bluejay.model.gpt_neo import GPTNeo
 from bluejay.model.gptj import GPTJ
 from bluejay.tokenizer import Tokenizer, load_tokenizer
 from bluejay.tokenizer.training import train_bpe
-from bluejay.train import checkpoint, plot
+from bluejay.train import checkpoint, metrics, plot
 from bluejay.train.config import TrainConfig
 from bluejay.train.data import Rows, TokenFile, documents, pack
 from bluejay.train.loss import cross_entropy
@@ -101,8 +101,9 @@ def train(config: TrainConfig, observe: Observer, *, resume: bool = False, devic
     Returns: the directory of the finished model, in Hugging Face's layout.
     Raises: ConfigError, CheckpointError.
     """
-    run = Run(config, observe, torch.device(_device(device)))
-    step = run.restore(resume)
+    _check_output(config.output_dir, resume)
+    run = Run(config, observe, choose_device(device))
+    step = run.restore() if resume else run.start()
     observe(run.describe(step))
     with _deferred_interrupt() as interrupted:
         while step < config.recipe.total_steps:
@@ -142,7 +143,6 @@ class Run:
     def __init__(self, config: TrainConfig, observe: Observer, device: torch.device) -> None:
         self.config, self.recipe, self.observe, self.device = config, config.recipe, observe, device
         self.folder = config.output_dir
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.dtype = _compute_dtype(config.recipe.dtype, device)
         self.model, self.tokenizer = _network(config, observe)
         self.model.to(device)
@@ -150,6 +150,10 @@ class Run:
         files = [(self._tokens(source.file), source.repeat) for source in config.data.train]
         self.rows = Rows(files, seq=self.recipe.seq, batch=self.recipe.per_replica_batch, seed=config.seed)
         self.validation = self._tokens(config.data.validation) if config.data.validation is not None else None
+        if self.validation is not None and not self.validation.rows(self.recipe.seq):
+            raise ConfigError(
+                f"{config.data.validation}: holds less than one row of recipe.seq {self.recipe.seq} tokens"
+            )
         self._token_bytes = _bytes_per_token(self.tokenizer, self.model.config.vocab_size).to(device)
         self._metrics = self.folder / "metrics.jsonl"
 
@@ -166,17 +170,16 @@ class Run:
             objective, plain = self._loss(inputs, targets)
             (objective / parts).backward()  # type: ignore[no-untyped-call]
             loss += plain / parts
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip))
+        if not math.isfinite(float(loss) + grad_norm):  # before the weights are touched
+            raise ConfigError(
+                f"at step {step + 1} the loss is {float(loss)} and the gradient's norm {grad_norm}; lower recipe.lr "
+                "or raise recipe.warmup_steps, and go on from the last checkpoint with --resume"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        event = Stepped(step + 1, float(loss), float(grad_norm), lr, 0.0)
         seconds = time.perf_counter() - started
-        self._record(dataclasses.replace(event, tokens_per_s=self.recipe.tokens_per_step / seconds))
-        if not math.isfinite(event.loss):
-            raise ConfigError(
-                f"the loss is {event.loss} at step {step + 1}; lower recipe.lr or recipe.clip and go on from the last "
-                "checkpoint"
-            )
+        self._record(Stepped(step + 1, float(loss), grad_norm, lr, self.recipe.tokens_per_step / seconds))
         return step + 1
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,11 +200,12 @@ class Run:
 
     @torch.no_grad()
     def validate(self, step: int) -> None:
-        """Loss and bits per byte on the first `val_batches` rows of the validation text."""
+        """Loss and bits per byte on the first `val_batches` batches of the validation text."""
         if self.validation is None:
             return
         seq, rows = self.recipe.seq, self.validation.rows(self.recipe.seq)
-        rows = min(rows, self.recipe.val_batches) if self.recipe.val_batches else rows
+        if self.recipe.val_batches is not None:
+            rows = min(rows, self.recipe.val_batches * self.recipe.per_replica_batch)
         nats, num_bytes = 0.0, 0
         for first in range(0, rows, self.recipe.per_replica_batch):
             last = min(first + self.recipe.per_replica_batch, rows)
@@ -217,19 +221,17 @@ class Run:
         checkpoint.prune(self.folder / "checkpoints", keep_n=self.recipe.keep_n, keep_every=self.recipe.keep_every)
         self.observe(Saved(step, path))
 
-    def restore(self, resume: bool) -> int:
-        """The step to go on from; metrics of steps that will be done again are dropped."""
+    def start(self) -> int:
+        """The first step; metrics that an earlier run left are dropped."""
+        self._metrics.unlink(missing_ok=True)
+        return 0
+
+    def restore(self) -> int:
+        """Read the last checkpoint; returns the step to go on from. Metrics of steps that come again are dropped."""
         last = checkpoint.latest(self.folder / "checkpoints")
-        if last is None:
-            if resume:
-                raise ConfigError(f"{self.folder}: holds no checkpoint to resume from; start without --resume")
-            step = 0
-        elif not resume:
-            raise ConfigError(f"{self.folder}: holds a run already; go on with --resume, or start over with --fresh")
-        else:
-            step = checkpoint.restore(last, self.model, self.optimizer, self._agreement())
-        kept = [line for line in _lines(self._metrics) if json.loads(line)["step"] <= step] if step else []
-        self._metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        assert last is not None  # _check_output has looked
+        step = checkpoint.restore(last, self.model, self.optimizer, self._agreement())
+        metrics.truncate(self._metrics, step)
         return step
 
     def finish(self) -> Path:
@@ -262,8 +264,7 @@ class Run:
 
     def _record(self, event: Stepped | Validated) -> None:
         kind = "train" if isinstance(event, Stepped) else "validation"
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **dataclasses.asdict(event)}) + "\n")
+        metrics.append(self._metrics, {"kind": kind, **dataclasses.asdict(event)})
         self.observe(event)
 
     def _agreement(self) -> dict[str, Any]:
@@ -281,6 +282,19 @@ def start_over(config: TrainConfig) -> None:
     """Remove what an earlier run left in output_dir, save its tokens, which depend on the texts alone."""
     shutil.rmtree(config.output_dir / "checkpoints", ignore_errors=True)
     shutil.rmtree(config.output_dir / "tokenizer", ignore_errors=True)
+
+
+def _check_output(folder: Path, resume: bool) -> None:
+    """Make output_dir and see that it holds a run if, and only if, one is to go on; before any work is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir {folder} cannot be made: {error}") from None
+    last = checkpoint.latest(folder / "checkpoints")
+    if last is None and resume:
+        raise ConfigError(f"{folder}: holds no checkpoint to resume from; start without --resume")
+    if last is not None and not resume:
+        raise ConfigError(f"{folder}: holds a run already; go on with --resume, or start over with --fresh")
 
 
 def _network(config: TrainConfig, observe: Observer) -> tuple[GPTJ | GPTNeo, Tokenizer]:
@@ -324,7 +338,7 @@ def _tokenizer(config: TrainConfig, observe: Observer) -> Tokenizer:
         texts: Iterable[str] = (text for source in config.data.train for text in documents(source.file))
         assert choice.vocab_size is not None  # load_config refuses a config with neither
         unfinished = folder.with_name(".tokenizer_unfinished")
-        unfinished.mkdir(exist_ok=True)
+        unfinished.mkdir(parents=True, exist_ok=True)
         train_bpe(texts, choice.vocab_size).save(unfinished)
         unfinished.replace(folder)
     return load_tokenizer(folder)
@@ -339,18 +353,8 @@ def _bytes_per_token(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
     return lengths
 
 
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if bf16 else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
+
+from bluejay.train import metrics
 
 
 def available() -> bool:
@@ -12,13 +13,13 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def losses(metrics: Path, target: Path, tokens_per_step: int) -> Path | None:
+def losses(source: Path, target: Path, tokens_per_step: int) -> Path | None:
     """Draw metrics.jsonl into a PNG; returns its path, or None where matplotlib is not installed."""
     if not available():
         return None
     from matplotlib.figure import Figure  # a second to import, and only wanted here
 
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rows = metrics.read(source)
     figure = Figure(figsize=(7, 4.2), layout="constrained", dpi=120)
     axes = figure.add_subplot()
     train = [(row["step"] * tokens_per_step / 1e6, row["loss"]) for row in rows if row["kind"] == "train"]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bluejay.engine.device import choose_device, choose_dtype
+from bluejay.model.device import choose_device, choose_dtype
 from bluejay.errors import ConfigError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
