@@ -45,14 +45,10 @@ format: $(VENV)/.tested
 	$(BIN)/ruff check --fix src tests
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Bluejay needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "Making $(VENV) …"
-	@$(PYTHON) -m venv $(VENV) || \
-	  { rm -rf $(VENV); echo "No virtual environment without Debian's python3-venv: apt install python3-venv" >&2; exit 1; }
+	@tools/make-venv $(PYTHON) $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing Bluejay and PyTorch into $(VENV), about 1 GB; this takes a few minutes once …"
+	@echo "Installing Bluejay and PyTorch into $(VENV); this takes some minutes, once …"
 	@$(BIN)/python $(PIP) --constraint constraints.txt --editable .
 	@touch $@
 
@@ -63,7 +59,7 @@ $(VENV)/.tested: pyproject.toml constraints.txt | $(BIN)/python
 
 $(ORACLE)/.installed: tests/parity/requirements.txt | $(BIN)/python
 	@echo "Installing transformers, which the parity tests compare with, into $(ORACLE) …"
-	@$(PYTHON) -m venv $(ORACLE)
+	@tools/make-venv $(PYTHON) $(ORACLE)
 	@$(ORACLE)/bin/python $(PIP) --requirement tests/parity/requirements.txt
 	@touch $@
 
