@@ -13,6 +13,11 @@ from bluejay.model.layers import ACTIVATION, Embedding, Head, Linear
 
 
 class SelfAttention(nn.Module):
+    """Global, or local with a window, as the layer's number says; only the output projection has a bias.
+
+    Shapes (H heads, K head dim): x [..., n_embd]; q, k, v [..., H, K] -> [..., n_embd].
+    """
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
@@ -45,6 +50,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with biases around gelu_new: [..., n_embd] -> [..., inner_dim] -> [..., n_embd]."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.c_fc = Linear(config.n_embd, config.inner_dim)
@@ -56,6 +63,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then MLP, each behind a LayerNorm of its own and added to what it read."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -69,6 +78,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Embeddings of tokens and of positions, blocks, last LayerNorm."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.wte = Embedding(config.vocab_size, config.n_embd)

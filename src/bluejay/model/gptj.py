@@ -15,6 +15,11 @@ from bluejay.model.layers import ACTIVATION, Embedding, Head, Linear, rotary_ang
 
 
 class Attention(nn.Module):
+    """Queries and keys are turned by their positions, then met by `attend`; no biases.
+
+    Shapes (H heads, K head dim): x [..., n_embd]; q, k, v [..., H, K] -> [..., n_embd].
+    """
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
@@ -35,6 +40,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with biases around gelu_new: [..., n_embd] -> [..., inner_dim] -> [..., n_embd]."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.fc_in = Linear(config.n_embd, config.inner_dim)
@@ -46,6 +53,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """x + attention(h) + mlp(h), both reading the same h = LayerNorm(x)."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -59,6 +68,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Embedding, blocks, last LayerNorm; the angles of the positions are computed once for all blocks."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.wte = Embedding(config.vocab_size, config.n_embd)

@@ -44,6 +44,8 @@ class Preparing:
 
 @dataclass(frozen=True)
 class Started:
+    """Everything is ready; `step` steps are done already, after a resume."""
+
     step: int
     total_steps: int
     num_parameters: int
@@ -75,12 +77,16 @@ class Validated:
 
 @dataclass(frozen=True)
 class Saved:
+    """A checkpoint of `step` is whole on the disk."""
+
     step: int
     path: Path
 
 
 @dataclass(frozen=True)
 class Finished:
+    """The model is written; plot_path is None where matplotlib is not installed."""
+
     model_path: Path
     plot_path: Path | None
 
