@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from bluejay.model.device import choose_device, choose_dtype
 from bluejay.errors import ConfigError
+from bluejay.model.device import choose_device, choose_dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
