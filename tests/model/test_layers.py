@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from bluejay.model.config import ACTIVATIONS
 from bluejay.model.layers import ACTIVATION, Head, rotary_angles, rotate
 
 
@@ -74,3 +75,7 @@ def test_a_tied_head_has_no_weight_of_its_own():
 def test_logits_are_float32():
     head = Head(4, 5, bias=True, tied=False).to(torch.bfloat16)
     assert head(torch.randn(2, 4, dtype=torch.bfloat16), torch.empty(0)).dtype == torch.float32
+
+
+def test_every_activation_that_a_config_may_name_is_there() -> None:
+    assert tuple(ACTIVATION) == ACTIVATIONS
