@@ -2,8 +2,10 @@
 
 import io
 import pickle
+import pickletools
 import random
 import struct
+import tracemalloc
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -421,3 +423,24 @@ def test_what_torch_save_did_not_write_is_refused(tmp_path: Path, content: bytes
     (tmp_path / "a.bin").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"a\.bin"):
         TorchBinFile(tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize("opcode", [b"\x85", b"q\x00h\x00\x86"], ids=["deep", "shared"])
+def test_keys_of_storages_that_are_no_strings_are_refused(tmp_path: Path, opcode: bytes) -> None:
+    # One tuple in another, or each twice in the next; written out, 40 of the latter would fill any memory.
+    times = 5000 if opcode == b"\x85" else 20
+    path = save({"a": torch.zeros(1)}, tmp_path / "a.bin", is_zip=False)
+    with path.open("rb") as file:
+        for _ in range(4):
+            for operation, _, _ in pickletools.genops(file):
+                if operation.name == "STOP":
+                    break
+        before = path.read_bytes()[: file.tell()]
+    path.write_bytes(before + b"\x80\x02])" + opcode * times + b"a.")
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="its list of storages does not match its tensors"):
+            TorchBinFile(path)
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
