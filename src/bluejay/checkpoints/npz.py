@@ -32,6 +32,7 @@ _DTYPES = {
 }
 _MAGIC = b"\x93NUMPY"
 _MAX_HEADER_BYTES = 10_000  # numpy's own limit
+_MAX_DIGITS = 19  # of 2^62; of some thousands Python makes no number
 _HEADER = re.compile(r"\{'descr': '([^']*)', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\), \} *\n")
 
 
@@ -89,7 +90,10 @@ class NpzFile:
         if kind[1:] not in _DTYPES or kind[:1] not in ("<", "|"):
             reason = "holds pickled objects, which could run code" if "O" in kind else f"has dtype {short(kind)}"
             raise CheckpointError(f"{where}: {reason}; Bluejay reads {', '.join(_DTYPES)}, little-endian")
-        shape = check_shape([int(dim) for dim in dims.replace(" ", "").split(",") if dim], where)
+        numbers = [dim for dim in dims.replace(" ", "").split(",") if dim]
+        if any(len(number) > _MAX_DIGITS for number in numbers):
+            raise CheckpointError(f"{where}: its shape is {short(dims)}, which no tensor has")
+        shape = check_shape([int(number) for number in numbers], where)
         dtype = _DTYPES[kind[1:]]
         if columns_first == "True" and len(shape) != 2:
             raise CheckpointError(f"{where}: is laid out column by column and has {len(shape)} dims, expected 2")

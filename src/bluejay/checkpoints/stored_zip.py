@@ -111,7 +111,7 @@ def _read_directory(file: MappedFile, start: int, num_bytes: int) -> list[_Liste
         if method != 0 or flags & 1 or packed != size:
             raise CheckpointError(
                 f"{where}: {short(name.decode('utf-8', 'backslashreplace'))} is compressed or encrypted; "
-                "torch.save stores tensors as they are, so this file was made by something else"
+                "torch.save and numpy.savez store numbers as they are, so this file was made by something else"
             )
         found.append(_Listed(name, header, size, crc))
     return found
