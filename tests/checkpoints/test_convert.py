@@ -234,3 +234,18 @@ def test_gpt_neo_does_not_become_mesh_jax(tiny_gpt_neo, tmp_path):
 def test_an_unknown_format_or_dtype_is_named(source, tmp_path, options):
     with pytest.raises(BluejayError, match=r"gguf|int8"):
         convert(source, tmp_path / "there", **options)
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torch_bin", "mesh_jax"])
+def test_the_generation_config_goes_along(source, tmp_path, to):
+    (source / "generation_config.json").write_text('{"temperature": 0.8}')
+    written = convert(source, tmp_path / "target", to=to, cores_per_replica=4)
+    assert (tmp_path / "target" / "generation_config.json").read_text() == '{"temperature": 0.8}'
+    assert tmp_path / "target" / "generation_config.json" in written
+
+
+def test_the_generation_config_of_the_model_before_does_not_stay(source, tmp_path):
+    convert(source, tmp_path / "target")
+    (tmp_path / "target" / "generation_config.json").write_text('{"temperature": 0.8}')
+    convert(source, tmp_path / "target", force=True)
+    assert not (tmp_path / "target" / "generation_config.json").exists()

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from bluejay.checkpoints.files import inside
 from bluejay.checkpoints.formats import Checkpoint, TensorInfo, check_dtype, open_checkpoint, widest_dtype
 from bluejay.checkpoints.hf import CONFIG, WEIGHTS
-from bluejay.checkpoints.keymaps import TOKENIZER_FILES
+from bluejay.checkpoints.keymaps import GENERATION_CONFIG, TOKENIZER_FILES
 from bluejay.checkpoints.mesh_jax import is_mesh_jax
 from bluejay.checkpoints.mesh_jax_writer import check_writable, write_mesh_jax
 from bluejay.checkpoints.save import copy_tokenizer_files, save
@@ -37,7 +38,7 @@ def convert(
     force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
-    """Write a checkpoint of any format in another one, with its tokenizer.
+    """Write a checkpoint of any format in another one, with its tokenizer and its generation_config.json.
 
     Memory holds one tensor, as stored and as written. config.json is written last: an interrupted conversion leaves a
     directory that does not open.
@@ -61,13 +62,17 @@ def convert(
     infos = _as_written(checkpoint, dtype)
     if to == "mesh_jax":
         check_writable(checkpoint.config, cores_per_replica)
-    _check_target(source, target, to, force)
-    made = not target.exists()
+    try:
+        _check_target(source, target, to, force)
+        made = not target.exists()
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be read: {error.strerror or error}") from None
     staging = target / _STAGING
     try:
         shutil.rmtree(staging, ignore_errors=True)  # a conversion that was killed may have left something
         staging.mkdir(parents=True)
         copy_tokenizer_files(source, staging)
+        _copy_generation_config(source, staging)
         if to == "safetensors":
             save(checkpoint, checkpoint.config, staging, dtype=dtype, on_progress=on_progress)
         else:
@@ -107,6 +112,13 @@ def _check_target(source: Path, target: Path, to: str, force: bool) -> None:
         raise CheckpointError(f"{target}: holds {', '.join(others)}, which {to} does not replace; remove it first")
 
 
+def _copy_generation_config(source: Path, folder: Path) -> None:
+    """Copy the options for sampling that the model recommends, where it has any."""
+    path = inside(source if source.is_dir() else source.parent, GENERATION_CONFIG)
+    if path.is_file():
+        shutil.copyfile(path, folder / GENERATION_CONFIG)
+
+
 def _write_other(
     checkpoint: Checkpoint,
     infos: dict[str, TensorInfo],
@@ -142,6 +154,7 @@ def _move_into_place(staging: Path, target: Path) -> list[Path]:
     files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
     entries = sorted(staging.iterdir(), key=lambda path: path.name == CONFIG)
     (target / CONFIG).unlink(missing_ok=True)
+    (target / GENERATION_CONFIG).unlink(missing_ok=True)
     # Of the model before, no shard is to stay beside the new ones, and no half of its tokenizer.
     new_tokenizer = any(path.name in TOKENIZER_FILES for path in entries)
     for path in list(target.iterdir()):

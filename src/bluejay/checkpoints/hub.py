@@ -33,14 +33,14 @@ from bluejay.checkpoints.hub_cache import (
     write_ref,
 )
 from bluejay.checkpoints.hub_names import HubName
-from bluejay.checkpoints.keymaps import TOKENIZER_FILES
+from bluejay.checkpoints.keymaps import GENERATION_CONFIG, TOKENIZER_FILES
 from bluejay.errors import CheckpointError, InvalidRequest, ModelNotFound
 from bluejay.model.config import ModelConfig
 
 __all__ = ["CachedModel", "DamagedFile", "Verification", "list_models", "pull", "remove", "resolve", "verify"]
 
 # All that Bluejay reads of a model, its weights aside; code and other frameworks' weights are never fetched.
-_SMALL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+_SMALL_FILES = ("config.json", GENERATION_CONFIG, *TOKENIZER_FILES)
 
 
 def pull(name: str, revision: str | None = None, *, endpoint: str | None = None, cache_dir: Path | None = None) -> Path:

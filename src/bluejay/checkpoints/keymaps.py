@@ -25,6 +25,9 @@ TOKENIZER_FILES = (
     "vocab.bpe",
 )
 
+# What a model's authors recommend for sampling; whoever has it generates otherwise than whoever lacks it.
+GENERATION_CONFIG = "generation_config.json"
+
 # mesh-transformer-jax keeps its arrays without names, in the order of its parameter tree. Each row: the array's place
 # in the tree, the key it becomes, and how the shards' parts make a whole: "rows" and "columns" are laid end to end
 # along the first and the last axis, "sum" is added up, "first" is shard 0's (the others were never trained).
