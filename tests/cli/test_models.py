@@ -114,3 +114,12 @@ def test_help_has_examples(arguments: tuple[str, ...]) -> None:
     result = run(*arguments)
     assert result.exit_code == 0
     assert "bluejay models" in result.stdout
+
+
+def test_a_damaged_model_of_the_package_is_not_to_be_pulled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    damaged = hub_cache.Verification(tmp_path, 1, (hub_cache.DamagedFile("config.json", "SHA-256 is another"),))
+    monkeypatch.setattr(hub, "verify", lambda name, revision: damaged)
+    result = run("verify", "default-draft")
+    assert isinstance(result.exception, CheckpointError)
+    assert "install Bluejay again" in str(result.exception)
+    assert "bluejay pull" not in str(result.exception)

@@ -61,6 +61,7 @@ def verify(name: Name, revision: Revision = None) -> None:
         bluejay models verify EleutherAI/gpt-j-6b --revision float16
     """
     from bluejay.checkpoints import hub
+    from bluejay.checkpoints.hub_cache import PACKAGED
     from bluejay.errors import CheckpointError
 
     result = hub.verify(name, revision)
@@ -73,7 +74,7 @@ def verify(name: Name, revision: Revision = None) -> None:
                 [
                     f"{name} is damaged, in {result.path}:",
                     *(f"{file.name}: {file.problem}" for file in result.damaged),
-                    f"to repair it: {'install Bluejay again' if name == 'default' else remedy}",
+                    f"to repair it: {'install Bluejay again' if name in PACKAGED else remedy}",
                 ]
             )
         )
