@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from bluejay.checkpoints import inspect, save
+from bluejay.checkpoints import inspect, open_checkpoint, save
 from bluejay.errors import CheckpointError
 
 
@@ -20,7 +20,7 @@ def change_config(folder, **changes):
 
 
 def test_a_sound_checkpoint_is_described(folder, tiny_gptj):
-    found = inspect(folder, count_tokens=lambda directory: 257)
+    found = inspect(folder, count_tokens=lambda directory: (257, 257))
     num_parameters = sum(weight.numel() for weight in tiny_gptj.parameters())
     assert found.problems == ()
     assert found.format == "safetensors"
@@ -41,10 +41,10 @@ def test_a_tied_head_is_counted_once(tiny_gpt_neo, tmp_path):
 
 def test_every_problem_is_listed_at_once(folder):
     change_config(folder, n_inner=99, vocab_size=100)
-    found = inspect(folder, count_tokens=lambda directory: 257)
+    found = inspect(folder, count_tokens=lambda directory: (257, 257))
     # fc_in's weight and bias and fc_out's weight, twice; the embedding, the head and its bias; the tokenizer.
     assert len(found.problems) == 6 + 3 + 1
-    assert "the tokenizer knows 257 tokens, the embedding has only 100 rows" in found.problems
+    assert "the tokenizer has ids up to 256, the embedding has only 100 rows" in found.problems
     assert found.num_parameters > 0
 
 
@@ -79,7 +79,7 @@ def test_a_missing_tokenizer_is_no_problem_of_mesh_jax(tmp_path, make_model, tin
 )
 def test_what_cannot_be_opened_is_described_not_raised(folder, damage, problem):
     damage(folder)
-    found = inspect(folder, count_tokens=lambda directory: 257)
+    found = inspect(folder, count_tokens=lambda directory: (257, 257))
     assert len(found.problems) == 1
     assert problem in found.problems[0]
     assert found.format is None
@@ -96,3 +96,28 @@ def test_a_truncated_file_is_described(folder):
 def test_nothing_at_all_is_described(tmp_path):
     found = inspect(tmp_path / "nowhere", count_tokens=lambda directory: pytest.fail("there is nothing to count"))
     assert found.problems == (f"{tmp_path / 'nowhere'}: no such file or directory",)
+
+
+def test_the_largest_id_must_have_a_row_however_few_tokens_there_are(folder):
+    found = inspect(folder, count_tokens=lambda directory: (257, 301))
+    assert found.problems == ("the tokenizer has ids up to 300, the embedding has only 300 rows",)
+    assert (found.num_tokens, found.num_token_ids) == (257, 301)
+
+
+def test_the_network_is_told_though_the_weights_do_not_open(folder, tiny_gptj):
+    (folder / "model.safetensors").write_bytes(b"")
+    found = inspect(folder, count_tokens=lambda directory: (257, 301))
+    assert found.config is not None
+    assert found.config.n_embd == tiny_gptj.config.n_embd
+    assert "ids up to 300" in found.problems[-1]
+
+
+def test_a_directory_that_may_not_be_read_is_described(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr("pathlib.Path.iterdir", refuse)  # not chmod, which does not stop root
+    with pytest.raises(CheckpointError, match=rf"{folder}: cannot be read: Permission denied"):
+        open_checkpoint(folder)
+    assert inspect(folder).problems == (f"{folder}: cannot be read: Permission denied",)

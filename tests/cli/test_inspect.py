@@ -91,3 +91,23 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
 
 def test_help_has_examples():
     assert "bluejay inspect gpt-j-6b/" in run("--help").output
+
+
+def test_a_model_without_readable_weights_still_has_a_family(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+    result = run(folder)
+    assert result.exit_code == 1
+    for part in ("gptj", "2 layers, width 32", "cut short"):
+        assert part in result.stdout
+    assert "parameters" not in result.stdout
+
+
+def test_a_tokenizer_is_held_against_the_embedding_by_its_largest_id(folder):
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    last = max(vocabulary, key=vocabulary.get)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary | {last: 300}))
+    result = run(folder)
+    assert result.exit_code == 1
+    assert "257 tokens, ids below 301" in result.stdout
+    assert "the tokenizer has ids up to 300, the embedding has only 300 rows" in result.stdout

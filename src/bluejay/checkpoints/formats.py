@@ -85,8 +85,16 @@ def open_checkpoint(path: Path, *, config: Path | None = None) -> Checkpoint:
     Args:
         path: a directory (Hugging Face's, or step_N of mesh-transformer-jax), or one .safetensors or .bin file.
         config: the config file, where it is not the config.json beside the weights.
-    Raises: CheckpointError if there are no weights or they are damaged or unsafe; ConfigError for a wrong config.
+    Raises: CheckpointError if there are no weights, they may not be read or are damaged or unsafe; ConfigError for a
+        wrong config.
     """
+    try:
+        return _open(path, config)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from None
+
+
+def _open(path: Path, config: Path | None) -> Checkpoint:
     from bluejay.checkpoints import hf
 
     if not path.exists():

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import torch
 
+from bluejay.checkpoints.files import inside
 from bluejay.checkpoints.formats import Checkpoint, TensorInfo, key_problems, open_checkpoint
+from bluejay.checkpoints.hf import CONFIG
 from bluejay.checkpoints.keymaps import TOKENIZER_FILES
+from bluejay.checkpoints.mesh_jax import read_config
 from bluejay.errors import BluejayError
 from bluejay.model import ModelConfig
 
@@ -23,10 +26,11 @@ class Inspection:
     Attributes:
         path: what was looked at.
         format: "safetensors", "torch_bin" or "mesh_jax"; None if it could not be opened.
-        config: the network; None if it could not be opened.
+        config: the network; None if no config could be read.
         tensors: every weight under its Hugging Face name.
         tokenizer_files: names of the files that a tokenizer is read from.
         num_tokens: tokens that the tokenizer knows; None if there is none or nobody counted.
+        num_token_ids: the largest id of a token + 1, the rows that the embedding must have; None as above.
         problems: everything that is wrong, a line each; empty for a checkpoint that can be used.
     """
 
@@ -36,6 +40,7 @@ class Inspection:
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     tokenizer_files: tuple[str, ...] = ()
     num_tokens: int | None = None
+    num_token_ids: int | None = None
     problems: tuple[str, ...] = ()
 
     @property
@@ -57,7 +62,9 @@ class Inspection:
         return dict(counts)
 
 
-def inspect(path: Path, *, config: Path | None = None, count_tokens: Callable[[Path], int] | None = None) -> Inspection:
+def inspect(
+    path: Path, *, config: Path | None = None, count_tokens: Callable[[Path], tuple[int, int]] | None = None
+) -> Inspection:
     """Look at a checkpoint of any format; a broken one is described, never an error.
 
     Headers are read and held against each other, the files' sizes and the config. The weights themselves are not read.
@@ -65,7 +72,8 @@ def inspect(path: Path, *, config: Path | None = None, count_tokens: Callable[[P
     Args:
         path: a directory or a file.
         config: the config file, where it is not the config.json beside the weights.
-        count_tokens: opens the tokenizer in a directory and tells how many tokens it knows.
+        count_tokens: opens the tokenizer in a directory and tells how many tokens it knows, and the
+            largest of their ids + 1.
     """
     problems: list[str] = []
     checkpoint: Checkpoint | None = None
@@ -76,28 +84,43 @@ def inspect(path: Path, *, config: Path | None = None, count_tokens: Callable[[P
         problems += key_problems(tensors, checkpoint.config)
     except (BluejayError, OSError) as error:
         problems.append(str(error))
-    directory = path if path.is_dir() else path.parent
-    tokenizer_files = tuple(name for name in TOKENIZER_FILES if (directory / name).is_file())
-    num_tokens = None
+    network = checkpoint.config if checkpoint is not None else _read_network(path, config)
+    try:
+        is_there, directory = path.exists(), path if path.is_dir() else path.parent
+        tokenizer_files = tuple(name for name in TOKENIZER_FILES if (directory / name).is_file())
+    except OSError:  # opening it has told why
+        is_there, directory, tokenizer_files = False, path, ()
+    num_tokens = num_token_ids = None
     # mesh-transformer-jax keeps the tokenizer elsewhere, and where nothing is, a tokenizer is not missing.
-    if path.exists() and count_tokens is not None and (tokenizer_files or not _is_mesh_jax(checkpoint)):
+    if is_there and count_tokens is not None and (tokenizer_files or not _is_mesh_jax(checkpoint)):
         try:
-            num_tokens = count_tokens(directory)
-        except BluejayError as error:
+            num_tokens, num_token_ids = count_tokens(directory)
+        except (BluejayError, OSError) as error:
             problems.append(str(error))
-    if num_tokens is not None and checkpoint is not None and num_tokens > checkpoint.config.vocab_size:
+    if num_token_ids is not None and network is not None and num_token_ids > network.vocab_size:
         problems.append(
-            f"the tokenizer knows {num_tokens} tokens, the embedding has only {checkpoint.config.vocab_size} rows"
+            f"the tokenizer has ids up to {num_token_ids - 1}, the embedding has only {network.vocab_size} rows"
         )
     return Inspection(
         path=path,
         format=None if checkpoint is None else checkpoint.format,
-        config=None if checkpoint is None else checkpoint.config,
+        config=network,
         tensors=tensors,
         tokenizer_files=tokenizer_files,
         num_tokens=num_tokens,
+        num_token_ids=num_token_ids,
         problems=tuple(problems),
     )
+
+
+def _read_network(path: Path, config: Path | None) -> ModelConfig | None:
+    """The network of weights that do not open, if its config, of either kind, can be read."""
+    for read in (ModelConfig.from_file, lambda file: read_config(file)[0]):
+        try:
+            return read(config or inside(path if path.is_dir() else path.parent, CONFIG))
+        except (BluejayError, OSError):
+            continue
+    return None
 
 
 def _is_mesh_jax(checkpoint: Checkpoint | None) -> bool:

@@ -47,9 +47,12 @@ def inspect(
     from bluejay.tokenizer import load_tokenizer
 
     path = hub.resolve(model)
-    found = checkpoints.inspect(
-        path, config=config, count_tokens=lambda directory: len(load_tokenizer(directory).known_ids)
-    )
+
+    def count_tokens(directory: Path) -> tuple[int, int]:
+        tokenizer = load_tokenizer(directory)
+        return len(tokenizer.known_ids), tokenizer.vocab_size
+
+    found = checkpoints.inspect(path, config=config, count_tokens=count_tokens)
     if as_json:
         typer.echo(json.dumps(_as_json(found), indent=2))
     else:
@@ -69,6 +72,7 @@ def _as_json(found: Inspection) -> dict[str, Any]:
         "dtypes": {_name(dtype): count for dtype, count in found.dtypes.items()},
         "tokenizer_files": list(found.tokenizer_files),
         "num_tokens": found.num_tokens,
+        "num_token_ids": found.num_token_ids,
         "problems": list(found.problems),
         "tensors": {
             name: {"shape": list(info.shape), "dtype": _name(info.dtype), "file": str(info.file)}
@@ -88,15 +92,18 @@ def _report(found: Inspection) -> list[RenderableType]:
     facts.add_row("path", Text(str(found.path)))
     parts: list[RenderableType] = [facts]
     if (config := found.config) is not None:
-        facts.add_row("family", f"{config.model_type} ({found.format})")
+        facts.add_row("family", config.model_type + (f" ({found.format})" if found.format else ""))
         facts.add_row(
             "network",
             f"{config.n_layer} layers, width {config.n_embd:,}, {config.n_head} heads of {config.head_dim}, "
             f"MLP {config.inner_dim:,}, context {config.n_positions:,}, vocabulary {config.vocab_size:,}",
         )
+    if found.tensors:
         facts.add_row("parameters", f"{found.num_parameters:,}")
         facts.add_row("weights", f"{decimal(found.num_bytes)}, {', '.join(map(_name, found.dtypes))}")
     tokens = "" if found.num_tokens is None else f"{found.num_tokens:,} tokens, "
+    if found.num_token_ids not in (None, found.num_tokens):
+        tokens += f"ids below {found.num_token_ids:,}, "
     facts.add_row("tokenizer", Text(tokens + (", ".join(found.tokenizer_files) or "none")))
     if found.tensors:
         parts += ["", _shapes(found)]
