@@ -2,6 +2,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -153,3 +154,32 @@ def test_load_opens_the_network_alone(model_dir: Path) -> None:
     model = bluejay.load(model_dir, dtype="bfloat16", trainable=True)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_token_across_the_border_is_scored(llm: LLM) -> None:
+    whole = llm.tokenizer.encode("the fox and")
+    context, continuation = "the fox a", "nd"
+    kept = llm.tokenizer.encode(context)
+    assert whole[: len(kept)] != kept  # " and" is one token
+    found = llm._encode_pair(context, continuation)
+    assert found[0] + found[1] == whole and found[0] and found[1]
+    assert llm.score([(context, continuation)])[0].logprob < 0
+    assert llm._encode_pair("t", "he") == ([llm.tokenizer.eos_token_id], llm.tokenizer.encode("the"))
+
+
+def test_ids_may_be_any_whole_numbers_and_nothing_else(llm: LLM) -> None:
+    ids = llm.tokenizer.encode(PROMPTS[0])
+    expected = llm.generate([ids], GREEDY)[0].token_ids
+    for given in (np.array(ids), np.array([ids]), list(np.array(ids)), torch.tensor(ids)):
+        assert llm.generate(given, GREEDY)[0].token_ids == expected  # type: ignore[arg-type]
+    for wrong, named in (([1.5], "1.5 .float"), ([[1, "x"]], "'x' .str"), (7, "7 .int"), ([None], "None")):
+        with pytest.raises(InvalidRequest, match=named):
+            llm.generate(wrong)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_without_weights_is_named(model_dir: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({}, model_dir / "model.safetensors")
+    with pytest.raises(CheckpointError, match="hold 0 tensors"):
+        LLM(model_dir)

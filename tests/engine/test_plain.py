@@ -277,3 +277,15 @@ def test_an_end_of_text_outside_the_vocabulary_never_comes(make_model, tiny_gptj
         {**options, "num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1},
     )
     assert [len(output.token_ids) for output in outputs] == [5, 5]
+
+
+def test_many_answers_to_one_prompt_run_in_batches(tiny_gptj):
+    widths = []
+    tiny_gptj.register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0].shape[0]))
+    options = {"do_sample": True, "seed": 3, "num_return_sequences": 7, "max_new_tokens": 4, "ignore_eos": True}
+    together = ask(PlainEngine(tiny_gptj), PROMPTS[:2], **options)
+    assert max(widths) == 14
+    widths.clear()
+    apart = ask(PlainEngine(tiny_gptj, max_rows=3), PROMPTS[:2], **options)
+    assert max(widths) == 3
+    assert [[s.token_ids for s in o.sequences] for o in apart] == [[s.token_ids for s in o.sequences] for o in together]

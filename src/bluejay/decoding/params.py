@@ -11,6 +11,8 @@ from bluejay.errors import InvalidRequest
 
 Mode = Literal["greedy", "sample", "beam", "beam_sample", "group_beam"]
 
+MAX_BEAMS = 1_000  # each is a row of keys and values: a slip of the hand must not take all memory
+MAX_RETURN_SEQUENCES = 1_000
 DEFAULT_NEW_TOKENS = 20  # transformers: the default max_length of 20 counts new tokens where nothing else is said
 
 
@@ -28,7 +30,7 @@ class SamplingParams:
         min_length: tokens of prompt and answer together before end-of-text is admitted.
         min_new_tokens: the same for the answer alone; where both are given, this one counts.
         do_sample: draw tokens rather than take the likeliest.
-        num_beams: beams of a beam search; 1 is none.
+        num_beams: beams of a beam search, at most 1,000; 1 is none.
         num_beam_groups, diversity_penalty: diverse beam search: groups that divide `num_beams`, and what a token costs
             for each time that an earlier group chose it in the same step.
         early_stopping: when a beam search has `num_beams` finished answers: True stops at once, False stops when no
@@ -43,7 +45,7 @@ class SamplingParams:
         no_repeat_ngram_size: n-grams of this size come only once in prompt and answer; 0 is off.
         encoder_no_repeat_ngram_size: n-grams of this size in the prompt do not come in the answer; 0 is off.
         bad_words_ids: token sequences that never come.
-        num_return_sequences: answers for one prompt; needs `do_sample`, or as many beams.
+        num_return_sequences: answers for one prompt, at most 1,000; needs `do_sample`, or as many beams.
         max_time: seconds; checked after every token.
         remove_invalid_values: take NaN logits as 0 and infinite ones as the largest finite number.
         stop: texts that end the answer; they are not part of it. Looked for in the answer, not in the prompt.
@@ -135,12 +137,12 @@ _WHOLE: dict[str, tuple[int, int | None, bool]] = {
     "max_new_tokens": (1, None, True),
     "min_length": (0, None, False),
     "min_new_tokens": (0, None, True),
-    "num_beams": (1, None, False),
+    "num_beams": (1, MAX_BEAMS, False),
     "num_beam_groups": (1, None, False),
     "top_k": (0, None, True),
     "no_repeat_ngram_size": (0, None, False),
     "encoder_no_repeat_ngram_size": (0, None, False),
-    "num_return_sequences": (1, None, False),
+    "num_return_sequences": (1, MAX_RETURN_SEQUENCES, False),
     "seed": (0, 2**64 - 1, True),
     "logprobs": (0, None, True),
     "prompt_logprobs": (0, None, True),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +15,10 @@ from bluejay import checkpoints
 from bluejay.checkpoints import hub
 from bluejay.checkpoints.hub_cache import DEFAULT_MODEL
 from bluejay.decoding.params import SamplingParams
-from bluejay.model.device import available_memory_bytes, choose_device, choose_dtype
 from bluejay.engine.plain import PlainEngine
 from bluejay.engine.request import GenerationEvent, GenerationRequest, RequestOutput, Score
 from bluejay.errors import CheckpointError, InvalidRequest
+from bluejay.model.device import available_memory_bytes, choose_device, choose_dtype
 from bluejay.model.gpt_neo import GPTNeo
 from bluejay.model.gptj import GPTJ
 from bluejay.tokenizer import load_tokenizer
@@ -79,7 +82,7 @@ class LLM:
         requests = self._requests(texts, params)
         outputs = self._engine.generate(requests)
         for output, text in zip(outputs, texts, strict=True):
-            output.prompt = text if isinstance(text, str) else self.tokenizer.decode(text)
+            output.prompt = text if isinstance(text, str) else self.tokenizer.decode(output.prompt_token_ids)
         return outputs
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
@@ -103,7 +106,9 @@ class LLM:
         """How likely each continuation is behind its context, and whether greedy decoding would say it.
 
         Spaces at the end of a context count as the continuation's, and both are encoded together, so that words meet
-        as they do in a text. An empty context is <|endoftext|>. Source: lm-eval's `_encode_pair`.
+        as they do in a text. Where a token spans the border ("Onc" and "e upon"), it and all behind it are scored: what
+        counts as context ends with the last token that the context alone begins with, too. A context of which no token
+        is left is <|endoftext|>, as an empty one is. Source: lm-eval's `_encode_pair`, but for the border.
         Raises: RequestError for an empty continuation, or a pair longer than the model's context.
         """
         return self._engine.score([self._encode_pair(*pair) for pair in pairs])
@@ -117,9 +122,12 @@ class LLM:
         return self._engine.embed([self.tokenizer.encode(text) for text in listed])
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The token ids that a prompt begins with; <|endoftext|> for an empty text."""
+        """The token ids that a prompt begins with; <|endoftext|> for an empty text.
+
+        Raises: InvalidRequest for a prompt that is neither a text nor whole numbers.
+        """
         if not isinstance(prompt, str):
-            return list(prompt)
+            return _ids(prompt)
         ids = self.tokenizer.encode(prompt)
         return ids if ids or self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
 
@@ -142,8 +150,10 @@ class LLM:
             raise InvalidRequest("the continuation is empty; there is nothing to score", param="continuation")
         if not kept:
             return self.encode(""), self.tokenizer.encode(continuation)
-        context_ids = self.tokenizer.encode(kept)
-        return context_ids, self.tokenizer.encode(kept + continuation)[len(context_ids) :]
+        whole = self.tokenizer.encode(kept + continuation)
+        pairs = zip(self.tokenizer.encode(kept), whole[:-1], strict=False)
+        border = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return whole[:border] or self.encode(""), whole[border:]
 
 
 def load(
@@ -162,6 +172,7 @@ def _load(
     path: Path, dtype: str, device: torch.device, on_progress: Progress | None, *, trainable: bool = False
 ) -> tuple[GPTJ | GPTNeo, torch.dtype]:
     checkpoint = checkpoints.open_checkpoint(path)
+    checkpoint.check()  # a checkpoint without weights has no dtype to choose from
     infos = checkpoint.tensors().values()
     stored = {info.dtype for info in infos}
     num_parameters = sum(info.num_bytes // info.dtype.itemsize for info in infos)
@@ -176,6 +187,36 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt (a text, or ids) or several."""
     if isinstance(prompts, str):
         return [prompts]
-    if prompts and all(isinstance(item, int) for item in prompts):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    try:
+        listed: list[Any] = list(prompts)
+    except TypeError:
+        raise _no_prompt(prompts) from None
+    return [listed] if listed and all(map(_is_id, listed)) else listed
+
+
+def _ids(prompt: Sequence[Any]) -> list[int]:
+    """Token ids of any kind of whole number, NumPy's and PyTorch's too."""
+    try:
+        listed = list(prompt)
+    except TypeError:
+        raise _no_prompt(prompt) from None
+    if wrong := [item for item in listed if not _is_id(item)]:
+        raise _no_prompt(wrong[0])
+    return [operator.index(item) for item in listed]
+
+
+def _is_id(item: Any) -> bool:
+    if getattr(item, "ndim", 0):  # a row of a matrix, also of one column
+        return False
+    try:
+        operator.index(item)
+    except TypeError:
+        return False
+    return True
+
+
+def _no_prompt(given: object) -> InvalidRequest:
+    return InvalidRequest(
+        f"the prompt is or holds {given!r} ({type(given).__name__}), expected a text or token ids, whole numbers",
+        param="prompt",
+    )

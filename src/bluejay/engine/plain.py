@@ -34,7 +34,8 @@ class PlainEngine:
         tokenizer: turns tokens into text, and says which ids have a token at all: others are never chosen. Without
             it, events and outputs carry no text, and `stop` is refused.
         device: where the model is.
-        max_rows: rows that run together; further ones wait.
+        max_rows: rows that run together, be they of one request or of several; further ones wait. Beams of one search
+            always run together.
         clock: seconds, for `max_time`.
     """
 
@@ -127,27 +128,34 @@ class PlainEngine:
 
     @torch.inference_mode()
     def _events(self, sequences: list[_Sequence]) -> Iterator[GenerationEvent]:
-        batch: list[_Sequence] = []
+        batch: list[tuple[_Sequence, range]] = []
         num_rows = 0
         for sequence in sequences:
             if sequence.params.num_beams > 1:
                 yield from self._run_beams(sequence)
                 continue
-            num_rows += sequence.params.num_return_sequences
-            if batch and num_rows > self._max_rows:
-                yield from self._run(batch)
-                batch, num_rows = [], sequence.params.num_return_sequences
-            batch.append(sequence)
+            count = sequence.params.num_return_sequences
+            for first in range(0, count, self._max_rows):
+                indexes = range(first, min(first + self._max_rows, count))
+                if num_rows + len(indexes) > self._max_rows:
+                    yield from self._run(batch)
+                    batch, num_rows = [], 0
+                batch.append((sequence, indexes))
+                num_rows += len(indexes)
         if batch:
             yield from self._run(batch)
 
-    def _run(self, prompts: list[_Sequence]) -> Iterator[GenerationEvent]:
-        """Greedy and sampled sequences together: one forward pass a token, rows leave as they end."""
+    def _run(self, prompts: list[tuple[_Sequence, range]]) -> Iterator[GenerationEvent]:
+        """Greedy and sampled sequences together: one forward pass a token, rows leave as they end.
+
+        Args:
+            prompts: each with the numbers of those of its answers that are to run now.
+        """
         cache = ContiguousCache(self._model.config.n_positions)
         began = self._clock()
-        logits = self._prefill(cache, [prompt.history for prompt in prompts])
-        owners = [row for row, prompt in enumerate(prompts) for _ in range(prompt.params.num_return_sequences)]
-        sequences = [fork for prompt in prompts for fork in prompt.forks(self._device)]
+        logits = self._prefill(cache, [prompt.history for prompt, _ in prompts])
+        owners = [row for row, (_, indexes) in enumerate(prompts) for _ in indexes]
+        sequences = [fork for prompt, indexes in prompts for fork in prompt.forks(indexes, self._device)]
         if len(owners) > len(prompts):
             cache.select(owners)
             logits = logits[owners]
@@ -314,9 +322,9 @@ class _Sequence:
         self.text = None if self.tokenizer is None else TextStream(self.tokenizer, skip_special_tokens=True)
         self.stop = StopText(self.params.stop_texts)
 
-    def forks(self, device: torch.device) -> Iterator[_Sequence]:
-        """The sequences that the request asks for, each with its own randomness."""
-        for index in range(self.params.num_return_sequences):
+    def forks(self, indexes: Iterable[int], device: torch.device) -> Iterator[_Sequence]:
+        """Those of the request's answers that have these numbers, each with its own randomness."""
+        for index in indexes:
             generator = generator_for(self.params, index, device) if self.params.do_sample else None
             choice = Choice(self.choice.processors, generator)
             yield replace(self, index=index, history=list(self.history), choice=choice)
