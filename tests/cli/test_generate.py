@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from bluejay.checkpoints import save
 from bluejay.cli import app
-from bluejay.errors import ConfigError, InvalidRequest
+from bluejay.errors import ConfigError, EngineError, InvalidRequest
 from bluejay.model.gptj import GPTJ
 from bluejay.tokenizer.training import train_bpe
 
@@ -32,7 +33,7 @@ def _run(model_dir: Path, *arguments: str, stdin: str | None = None) -> tuple[st
 
 
 def _json(model_dir: Path, *arguments: str, stdin: str | None = None) -> list[dict[str, object]]:
-    return [json.loads(line) for line in _run(model_dir, "--json", *arguments, stdin=stdin)[0].splitlines()]
+    return [json.loads(line) for line in _run(model_dir, "--json", *arguments, stdin=stdin)[0].split("\n") if line]
 
 
 def test_a_prompt_streams_with_its_text_behind_it(model_dir: Path) -> None:
@@ -130,3 +131,109 @@ def test_errors_are_one_line_and_have_exit_codes(arguments: list[str], code: int
     assert done.returncode == code
     assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def _nan_model(model_dir: Path, model: GPTJ) -> None:
+    with torch.no_grad():
+        model.lm_head.bias.fill_(float("nan"))
+    save(model, model.config, model_dir)
+
+
+@pytest.mark.parametrize("arguments", [["the fox"], ["the fox", "owl"]])
+def test_a_failed_answer_is_an_error(model_dir: Path, tiny_gptj: GPTJ, arguments: list[str]) -> None:
+    _nan_model(model_dir, tiny_gptj)
+    with pytest.raises(EngineError, match=r"prompt 1 \('the fox'\).*--dtype float32"):
+        _run(model_dir, *arguments, "--do-sample")
+
+
+def test_lines_of_jsonl_end_at_newlines_only(model_dir: Path, tmp_path: Path) -> None:
+    prompt = "the\u2028fox\u0085and"
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert _json(model_dir, "--file", str(file), *GREEDY)[0]["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ('"num_beams": "4"', "line 1: num_beams is '4'"),
+        ('"num_beams": null', "line 1: num_beams is None"),
+        ('"logprobs": 1', "line 1: logprobs are printed with --json only"),
+    ],
+)
+def test_wrong_rows_name_their_line(model_dir: Path, tmp_path: Path, options: str, message: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "x", ' + options + "}\n")
+    with pytest.raises(InvalidRequest, match=message):
+        _run(model_dir, "--file", str(file))
+
+
+def test_a_models_max_length_counts(model_dir: Path) -> None:
+    (model_dir / "generation_config.json").write_text('{"max_length": 9}')
+    [row] = _json(model_dir, "the fox", "--ignore-eos")
+    assert len(row["sequences"][0]["token_ids"]) + len(row["prompt_token_ids"]) == 9  # type: ignore[index, arg-type]
+
+
+def test_several_answers_of_a_model_that_draws(model_dir: Path) -> None:
+    (model_dir / "generation_config.json").write_text('{"do_sample": true, "max_new_tokens": 2}')
+    [row] = _json(model_dir, "the fox", "-n", "2")
+    assert len(row["sequences"]) == 2  # type: ignore[arg-type]
+
+
+def test_stdin_is_read_once(model_dir: Path) -> None:
+    with pytest.raises(InvalidRequest, match="more than once"):
+        _run(model_dir, "-", "-", stdin="x")
+    with pytest.raises(InvalidRequest, match="more than once"):
+        _run(model_dir, "-", "--file", "-", stdin="x")
+    assert _json(model_dir, "--file", "-", *GREEDY, stdin="x")[0]["prompt"] == "x"
+
+
+def test_a_closed_stdin_is_no_prompt(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bluejay.cli.generate import _rows
+
+    monkeypatch.setattr(sys, "stdin", None)
+    for prompts in ([], ["-"]):
+        with pytest.raises(InvalidRequest, match="prompt"):
+            list(_rows(prompts, None))
+
+
+def test_a_name_is_not_markup(model_dir: Path) -> None:
+    with pytest.raises(InvalidRequest, match="model name"):
+        _run(model_dir, "x", "--model", "[/x]")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9"), "out of memory"),
+        (PermissionError(13, "Permission denied", "there"), "Permission denied: 'there'; see"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bluejay import cli
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 1
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_perplexity_checks_before_it_loads(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bluejay.cli import loading
+
+    monkeypatch.setattr(loading, "open_llm", lambda *_, **__: pytest.fail("the model was read"))
+    text = tmp_path / "text.txt"
+    text.write_text("the fox")
+    command = ["perplexity", "--model", str(model_dir)]
+    with pytest.raises(ConfigError, match=r"none\.txt"):
+        CliRunner().invoke(app, [*command, str(tmp_path / "none.txt")], catch_exceptions=False)
+    with pytest.raises(InvalidRequest, match="stride is 129"):
+        CliRunner().invoke(app, [*command, str(text), "--stride", "129"], catch_exceptions=False)

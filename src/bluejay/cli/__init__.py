@@ -7,7 +7,7 @@ Torch takes a second to import, so verbs import what they need when they run: `-
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -55,13 +55,32 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; a `BluejayError` becomes one line on stderr and an exit code.
+    """Run the command line; a `BluejayError`, and what the machine lacks, become one line on stderr and an exit code.
 
     Typer itself sees to Ctrl-C (130) and to a reader that left (1).
     """
     try:
         app()
     except BluejayError as error:
-        typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-        typer.echo(str(error), err=True)
-        sys.exit(2 if isinstance(error, ConfigError | RequestError) else 1)
+        _fail(str(error), 2 if isinstance(error, ConfigError | RequestError) else 1)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if _is_out_of_memory(error):
+            first = (str(error).splitlines() or [""])[0]
+            _fail(f"out of memory; ask for fewer or shorter answers, --dtype bfloat16 or a smaller model. {first}", 1)
+        if not isinstance(error, OSError):
+            raise
+        _fail(f"{error}; see that it exists, may be read or written, and that the disk has room", 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    typer.echo(message, err=True)
+    sys.exit(code)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")  # not imported for this: where it is not loaded, the error is not torch's
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    # PyTorch's allocator for the CPU has no class of its own.
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)

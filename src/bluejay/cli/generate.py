@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bluejay.errors import InvalidRequest, RequestError
+from bluejay.errors import EngineError, InvalidRequest, RequestError
 
 if TYPE_CHECKING:
     from bluejay.decoding.params import SamplingParams
@@ -23,7 +23,7 @@ LENGTH, DRAWING, BEAMS, REPEATS, OUTPUT = "Length", "Drawing", "Beams", "Repetit
 
 # What the command line does where neither the user nor the model's generation_config.json says otherwise. A person who
 # types a prompt wants to read a text, not transformers' 20 likeliest tokens.
-DEFAULTS: dict[str, Any] = {"max_new_tokens": 128}
+NEW_TOKENS = 128
 
 
 def generate(
@@ -47,7 +47,8 @@ def generate(
         bool, typer.Option("--echo/--no-echo", help="Print the prompt before its text.", rich_help_panel=OUTPUT)
     ] = True,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of the answer; 128 if nothing is said.", rich_help_panel=LENGTH)
+        int | None,
+        typer.Option(help="Tokens of the answer; 128 if neither you nor the model says.", rich_help_panel=LENGTH),
     ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens of prompt and answer together.", rich_help_panel=LENGTH)
@@ -139,14 +140,16 @@ def generate(
     given = {name: value for name, value in locals().items() if value is not None}
     rows = list(_rows(prompts or [], file))
     options = _parsed({name: given[name] for name in _option_names() if name in given})
-    if not as_json and {"logprobs", "prompt_logprobs"} & options.keys():
-        raise InvalidRequest("logprobs are printed with --json only", param="logprobs")
+    if not as_json:
+        for where, asked in [("", options), *((row.where, row.options) for row in rows)]:
+            if asked.get("logprobs") is not None or asked.get("prompt_logprobs") is not None:
+                raise InvalidRequest(f"{where}logprobs are printed with --json only", param="logprobs")
 
     from bluejay.cli.loading import open_llm
 
     # Wrong options are said before a model is read, which may take minutes.
     for row in rows:
-        row.params({}, options)
+        _check(row, options)
     llm = open_llm(model, dtype=dtype, device=device, threads=threads)
     defaults = generation_defaults(llm.path)
     params = [row.params(defaults, options) for row in rows]
@@ -154,11 +157,16 @@ def generate(
     started = time.perf_counter()
     streams = len(rows) == 1 and params[0].num_return_sequences == 1 and not as_json
     if streams:
-        num_tokens = _stream(llm, texts[0], params[0], echo)
+        num_tokens, failed = _stream(llm, texts[0], params[0], echo)
     else:
-        num_tokens = _print_outputs(llm, texts, params, as_json=as_json, echo=echo)
+        num_tokens, failed = _print_outputs(llm, texts, params, as_json=as_json, echo=echo)
     seconds = time.perf_counter() - started
     typer.secho(f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / seconds:.0f} tokens/s", dim=True, err=True)
+    if failed:
+        raise EngineError(
+            "no token could be chosen for " + ", ".join(failed) + ": the model's scores are no numbers, or every token "
+            "is banned; try --dtype float32, --remove-invalid-values, or fewer bans"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,15 +182,27 @@ class Row:
         from bluejay.decoding.params import SamplingParams
 
         own = {**options, **self.options}
-        merged = {**DEFAULTS, **defaults, **own}
-        if own.get("num_beams", 1) > 1 and "do_sample" not in own:
+        merged: dict[str, Any] = {}
+        for level in (defaults, options, self.options):
+            if level.get("max_length") is not None:
+                merged.pop("max_new_tokens", None)  # which would count, though who says less said it
+            merged |= level
+        if merged.get("max_length") is None and merged.get("max_new_tokens") is None:
+            merged["max_new_tokens"] = NEW_TOKENS
+        if own.get("num_beams", 1) != 1 and "do_sample" not in own:
             merged["do_sample"] = False  # who asks for beams gets a beam search, also of a model that draws by default
-        if "max_length" in own and "max_new_tokens" not in own:
-            del merged["max_new_tokens"]
         try:
             return SamplingParams(**merged)
         except RequestError as error:
             raise type(error)(f"{self.where}{error}", error.param) from None
+
+
+def _check(row: Row, options: dict[str, Any]) -> None:
+    """Refuse what is wrong with every model: whether to draw may be the model's recommendation."""
+    try:
+        row.params({"do_sample": True}, options)
+    except RequestError:
+        row.params({}, options)
 
 
 def _option_names() -> list[str]:
@@ -207,9 +227,11 @@ def _parsed(options: dict[str, Any]) -> dict[str, Any]:
 def _rows(prompts: Sequence[str], file: Path | None) -> Iterator[Row]:
     """The prompts of the command, of stdin and of the file; of stdin also where nothing else is given."""
     if not prompts and file is None:
-        if sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.isatty():
             raise InvalidRequest('there is no prompt; try: bluejay generate "Once upon a time"', param="prompt")
         prompts = ["-"]
+    if [*prompts, str(file)].count("-") > 1:
+        raise InvalidRequest("- stands more than once, and stdin can be read only once; give it once", param="prompt")
     for prompt in prompts:
         yield Row(_stdin() if prompt == "-" else prompt)
     if file is not None:
@@ -218,6 +240,8 @@ def _rows(prompts: Sequence[str], file: Path | None) -> Iterator[Row]:
 
 
 def _stdin() -> str:
+    if sys.stdin is None:
+        raise InvalidRequest("stdin is closed; give a prompt, or let something write to stdin", param="prompt")
     try:
         return sys.stdin.read().rstrip("\n")
     except UnicodeDecodeError as error:
@@ -233,7 +257,7 @@ def _read(file: Path) -> str:
 
 def _jsonl(text: str, file: Path) -> list[Row]:
     rows, problems, known = [], [], set(_option_names())
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -253,7 +277,10 @@ def _jsonl(text: str, file: Path) -> list[Row]:
 
 
 def generation_defaults(path: Path) -> dict[str, Any]:
-    """Options that a model's generation_config.json recommends; those that Bluejay has, and only valid ones."""
+    """Options that a model's generation_config.json recommends, of those that Bluejay has; none without the file.
+
+    Raises: ConfigError for a file that cannot be read, or recommends a value that `SamplingParams` refuses.
+    """
     from bluejay.decoding.params import SamplingParams
     from bluejay.errors import ConfigError
 
@@ -269,22 +296,26 @@ def generation_defaults(path: Path) -> dict[str, Any]:
     return known
 
 
-def _stream(llm: LLM, prompt: str, params: SamplingParams, echo: bool) -> int:
+def _stream(llm: LLM, prompt: str, params: SamplingParams, echo: bool) -> tuple[int, list[str]]:
+    """Print one answer as it comes; returns the number of new tokens, and the prompt if it failed."""
     events = llm.stream_events([prompt], params)
-    num_tokens = 0
+    num_tokens, reason = 0, None
     if echo:
         typer.secho(prompt, bold=True, nl=False)
     sys.stdout.flush()
     for event in events:
         num_tokens += len(event.token_ids)
+        reason = event.finish_reason
         sys.stdout.write(event.text)
         sys.stdout.flush()
     typer.echo()
-    return num_tokens
+    return num_tokens, [_named(1, prompt)] if reason == "error" else []
 
 
-def _print_outputs(llm: LLM, prompts: list[str], params: list[SamplingParams], *, as_json: bool, echo: bool) -> int:
-    """Run all prompts together and print them in order; returns the number of new tokens."""
+def _print_outputs(
+    llm: LLM, prompts: list[str], params: list[SamplingParams], *, as_json: bool, echo: bool
+) -> tuple[int, list[str]]:
+    """Run all prompts together and print them in order; returns the number of new tokens, and prompts that failed."""
     from rich.console import Console
 
     with Console(stderr=True).status(f"generating for {len(prompts)} prompts"):
@@ -299,7 +330,17 @@ def _print_outputs(llm: LLM, prompts: list[str], params: list[SamplingParams], *
             if echo:
                 typer.secho(output.prompt, bold=True, nl=False)
             typer.echo(sequence.text + "\n")
-    return sum(len(sequence.token_ids) for output in outputs for sequence in output.sequences)
+    num_tokens = sum(len(sequence.token_ids) for output in outputs for sequence in output.sequences)
+    failed = [
+        _named(number, output.prompt)
+        for number, output in enumerate(outputs, 1)
+        if any(sequence.finish_reason == "error" for sequence in output.sequences)
+    ]
+    return num_tokens, failed
+
+
+def _named(number: int, prompt: str) -> str:
+    return f"prompt {number} ({prompt if len(prompt) <= 40 else prompt[:39] + '…'!r})"
 
 
 def _as_dict(llm: LLM, output: RequestOutput) -> dict[str, Any]:

@@ -16,8 +16,10 @@ def open_llm(
     """Open the model that flags, environment or settings file name; shows how far the weights are."""
     settings = load_settings({"model": model, "dtype": dtype, "device": device, "threads": threads})
     from rich.console import Console
+    from rich.markup import escape
 
-    with Console(stderr=True).status(f"loading {settings.model}") as status:
+    label = escape(f"loading {settings.model}")
+    with Console(stderr=True).status(label) as status:
         import torch
 
         from bluejay.engine import LLM
@@ -26,6 +28,6 @@ def open_llm(
             torch.set_num_threads(settings.threads)
 
         def show(done: int, total: int) -> None:
-            status.update(f"loading {settings.model}: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+            status.update(f"{label}: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
         return LLM(settings.model, dtype=settings.dtype, device=settings.device, on_progress=show)

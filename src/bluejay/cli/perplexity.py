@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from bluejay.errors import InvalidRequest
+
 
 def perplexity(
     file: Annotated[Path, typer.Argument(help="Text, documents split by <|endoftext|>; .jsonl, .xz, .gz too.")],
@@ -35,8 +37,13 @@ def perplexity(
     from bluejay.evaluate.perplexity import perplexity as measure
     from bluejay.train.data import documents
 
-    llm = open_llm(model, dtype=dtype, device=device)
+    # What is wrong with file or stride is said before a model is read, which may take minutes.
     texts = list(documents(file))
+    if not texts:
+        raise InvalidRequest(f"{file}: holds no text; there is nothing to score", param="file")
+    if stride is not None:
+        _check_stride(stride, model)
+    llm = open_llm(model, dtype=dtype, device=device)
     bar = Progress(
         TextColumn("scoring"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=Console(stderr=True)
     )
@@ -66,3 +73,13 @@ def perplexity(
         return
     for name, value in figures.items():
         typer.echo(f"{name:<20} {value:,.4f}" if isinstance(value, float) else f"{name:<20} {value:,}")
+
+
+def _check_stride(stride: int, model: str | None) -> None:
+    """Hold the stride against the model's context, of which the config alone tells."""
+    from bluejay.checkpoints import hub, open_checkpoint
+    from bluejay.settings import load_settings
+
+    context = open_checkpoint(hub.resolve(load_settings({"model": model}).model)).config.n_positions
+    if not 1 <= stride <= context:
+        raise InvalidRequest(f"stride is {stride}, expected 1 to the context of {context} tokens", param="stride")
