@@ -37,8 +37,9 @@ default-model: $(VENV)/.tested
 	$(BIN)/bluejay train recipes/default-draft.toml --fresh
 	$(BIN)/bluejay convert runs/default-draft/model src/bluejay/default_model/draft --dtype float16 --force
 	cp runs/default/loss.png src/bluejay/default_model/loss.png
-	cd src/bluejay/default_model && sha256sum *.json *.safetensors merges.txt > SHA256SUMS
-	cd src/bluejay/default_model/draft && sha256sum *.json *.safetensors merges.txt > SHA256SUMS
+	for folder in src/bluejay/default_model src/bluejay/default_model/draft; do \
+	  cp recipes/generation_config.json $$folder/ && \
+	  (cd $$folder && sha256sum *.json *.safetensors merges.txt > SHA256SUMS) || exit 1; done
 
 format: $(VENV)/.tested
 	$(BIN)/ruff format src tests

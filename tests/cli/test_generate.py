@@ -237,3 +237,12 @@ def test_perplexity_checks_before_it_loads(model_dir: Path, tmp_path: Path, monk
         CliRunner().invoke(app, [*command, str(tmp_path / "none.txt")], catch_exceptions=False)
     with pytest.raises(InvalidRequest, match="stride is 129"):
         CliRunner().invoke(app, [*command, str(text), "--stride", "129"], catch_exceptions=False)
+
+
+def test_a_small_model_generates_with_one_thread_unless_told(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", asked.append)
+    _run(model_dir, "the fox", *GREEDY)
+    assert asked == [1]
+    _run(model_dir, "the fox", *GREEDY, "--threads", "2")
+    assert asked == [1, 2]

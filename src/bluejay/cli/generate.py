@@ -118,7 +118,7 @@ def generate(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; 0: as many as there are cores.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; 0: all cores, one for a small model.")] = None,
 ) -> None:
     """Go on from one or several prompts.
 
@@ -150,7 +150,7 @@ def generate(
     # Wrong options are said before a model is read, which may take minutes.
     for row in rows:
         _check(row, options)
-    llm = open_llm(model, dtype=dtype, device=device, threads=threads)
+    llm = open_llm(model, dtype=dtype, device=device, threads=threads, one_by_one=True)
     defaults = generation_defaults(llm.path)
     params = [row.params(defaults, options) for row in rows]
     texts = [row.prompt for row in rows]

@@ -9,11 +9,24 @@ from bluejay.settings import load_settings
 if TYPE_CHECKING:
     from bluejay.engine import LLM
 
+# A token of a small model is a hundred operations of some 20 microseconds. A second thread brings nothing, and on a busy
+# machine the two wait for each other: 127 tokens/s with one, 15 with two, while both cores had other work.
+SMALL_MODEL_PARAMETERS = 50_000_000
+
 
 def open_llm(
-    model: str | None, *, dtype: str | None = None, device: str | None = None, threads: int | None = None
+    model: str | None,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    one_by_one: bool = False,
 ) -> LLM:
-    """Open the model that flags, environment or settings file name; shows how far the weights are."""
+    """Open the model that flags, environment or settings file name; shows how far the weights are.
+
+    Args:
+        one_by_one: tokens will be read singly; a small model on the CPU then gets one thread, if nobody says otherwise.
+    """
     settings = load_settings({"model": model, "dtype": dtype, "device": device, "threads": threads})
     from rich.console import Console
     from rich.markup import escape
@@ -30,4 +43,8 @@ def open_llm(
         def show(done: int, total: int) -> None:
             status.update(f"{label}: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
-        return LLM(settings.model, dtype=settings.dtype, device=settings.device, on_progress=show)
+        llm = LLM(settings.model, dtype=settings.dtype, device=settings.device, on_progress=show)
+    small = sum(parameter.numel() for parameter in llm.model.parameters()) < SMALL_MODEL_PARAMETERS
+    if one_by_one and small and not settings.threads and llm.device.type == "cpu":
+        torch.set_num_threads(1)
+    return llm
