@@ -9,8 +9,8 @@ from bluejay.settings import load_settings
 if TYPE_CHECKING:
     from bluejay.engine import LLM
 
-# A token of a small model is a hundred operations of some 20 microseconds. A second thread brings nothing, and on a busy
-# machine the two wait for each other: 127 tokens/s with one, 15 with two, while both cores had other work.
+# A token of a small model is a hundred operations of some 20 microseconds. A second thread brings nothing, and on a
+# busy machine the two wait for each other: 127 tokens/s with one, 15 with two, while both cores had other work.
 SMALL_MODEL_PARAMETERS = 50_000_000
 
 
