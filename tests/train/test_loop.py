@@ -108,6 +108,15 @@ def test_a_resumed_run_must_be_the_same_run(recipe: Callable[..., Path]) -> None
         train(other, lambda _: None, resume=True, device="cpu")
 
 
+def test_a_resumed_run_must_read_the_same_texts(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    config = load_config(recipe())
+    train(config, lambda _: None, device="cpu")
+    texts = (tmp_path / "stories.txt").read_text()
+    (tmp_path / "stories.txt").write_text(texts.replace("fox", "cat", 1))
+    with pytest.raises(CheckpointError, match=r"texts was .*stories\.txt-"):
+        train(config, lambda _: None, resume=True, device="cpu")
+
+
 def test_old_checkpoints_go_and_milestones_stay(recipe: Callable[..., Path], tmp_path: Path) -> None:
     config = load_config(recipe(replace=("ckpt_every = 4", "ckpt_every = 1\nkeep_n = 2\nkeep_every = 3")))
     train(config, lambda _: None, device="cpu")

@@ -153,8 +153,8 @@ class Run:
         self.model, self.tokenizer = _network(config, observe)
         self.model.to(device)
         self.optimizer = make_optimizer(self.model, self.recipe)
-        files = [(self._tokens(source.file), source.repeat) for source in config.data.train]
-        self.rows = Rows(files, seq=self.recipe.seq, batch=self.recipe.per_replica_batch, seed=config.seed)
+        self._files = [(self._tokens(source.file), source.repeat) for source in config.data.train]
+        self.rows = Rows(self._files, seq=self.recipe.seq, batch=self.recipe.per_replica_batch, seed=config.seed)
         self.validation = self._tokens(config.data.validation) if config.data.validation is not None else None
         if self.validation is not None and not self.validation.rows(self.recipe.seq):
             raise ConfigError(
@@ -280,7 +280,9 @@ class Run:
             "per_replica_batch": self.recipe.per_replica_batch,
             "gradient_accumulation_steps": self.recipe.gradient_accumulation_steps,
             "model": self.model.config.to_dict(),
-            "rows_per_epoch": self.rows.rows_per_epoch,
+            "tokenizer": self.tokenizer.fingerprint(),
+            # Token files are named by what is in them.
+            "texts": [[file.path.name, repeat] for file, repeat in self._files],
         }
 
 
