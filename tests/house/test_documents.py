@@ -33,5 +33,5 @@ def test_commands_that_documents_show_are_verbs(document: Path) -> None:
 def test_the_tree_in_the_structure_page_is_true() -> None:
     text = (ROOT / "docs" / "concepts" / "structure.md").read_text(encoding="utf-8")
     named = re.findall(r"^  ([a-z_]+)/", text, re.M)
-    rooms = {path.name for path in (ROOT / "src" / "bluejay").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    rooms = {path.parent.name for path in (ROOT / "src" / "bluejay").glob("*/__init__.py")}
     assert set(named) == rooms
