@@ -174,7 +174,7 @@ def test_converting_while_loading_takes_the_new_weights_and_one_old_tensor(tmp_p
 def test_converting_on_disk_takes_one_tensor(tmp_path: Path) -> None:
     write_sparse_bin(gptj(1024, 5), tmp_path)
     largest = 8192 * 1024 * 4
-    # 64 MiB for what is imported on the way and for the pages that the kernel maps ahead; the model has 155 MB.
+    # The same run grows by 48 to 91 MiB; why it differs is not known. The bound still refuses a whole model, 155 MB.
     assert growth_bytes(CONVERT, tmp_path, "bfloat16") < 1.5 * largest + 64 * 2**20
     assert load_model(tmp_path).transformer.wte.weight.dtype == torch.bfloat16
 
