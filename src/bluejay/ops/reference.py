@@ -1,0 +1,238 @@
+"""The specification of every operator, in plain torch, on any device: slow, and the measure of what is fast.
+
+Quantised weights. A group of 32 or 64 weights along the input dim shares one float16 scale: weight = integer * scale.
+
+    bits  integers     stored as       scale
+    8     -112 … 112   byte w + 112    largest magnitude / 112
+    4     -8 … 7       nibble w + 8    the one with the least squared error of some; may be negative, so that -8 is reached
+
+Packed, the input dim is filled up with zeros to whole groups, the outputs to whole tiles of 16. Of a tile [16, K], the
+bytes of 4 inputs of all 16 outputs lie together, as the kernels read them; with 4 bits, 8 inputs of them:
+
+    int8 weight  uint8   [tiles, K/4, 64]    byte b of step j: output b//4, input 4j + b%4
+    int4 weight  uint8   [tiles, K/8, 64]    low nibble: output b//4, input 8j + b%4; high nibble: input 4 further
+    scales       float16 [tiles, K/group_size, 16]
+
+Activations become integers on the fly, with a scale for each row and each 32 inputs. Why 112 and 73: two products of an
+unsigned weight and a signed activation, 2 * 224 * 73 = 32,704, can be added in 16 bits, which is what makes AVX2 fast.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bluejay.errors import KernelError
+
+GROUP_SIZES = (32, 64)
+TILE = 16  # outputs that lie together
+ACTIVATION_GROUP = 32  # inputs that share a scale, whatever the weights' group
+INPUTS_PER_STEP = {8: 4, 4: 8}  # of one output, in four bytes
+WEIGHT_OFFSET = {8: 112, 4: 8}  # what is added to an integer to store it unsigned
+
+# Scales that are tried for a group of 4-bit weights: the weight of the largest magnitude becomes -(this). -8 is GGML's
+# q4_0 and 7 plain rounding; between 7 and 9 the squared error of Gaussian weights is 7 % below q4_0's, and a finer or
+# wider grid gains less than 0.1 %.
+_INT4_PLACES = (7.0, 7.25, 7.5, 7.75, 8.0, 8.25, 8.5, 8.75, 9.0, -6.5, -7.0, -7.5)
+_SEARCHED_AT_ONCE = 2**16  # weights; their float32 copies stay in a core's cache
+_LEAST = 1e-30  # a group of smaller magnitude counts as zeros: its reciprocal would leave float32
+# A group of activations whose largest is beyond this many root mean squares of its row holds outliers.
+_WIDE = 4.0
+
+
+def quantize_int8(weight: Tensor, group_size: int = 32) -> tuple[Tensor, Tensor]:
+    """Round weights to 8 bits, the nearest ones.
+
+    Shapes (N outputs, K inputs, G groups of K): weight [N, K] floating -> integers [N, K] int8, scales [N, G] float16.
+    Raises: KernelError for NaN, infinity, and magnitudes whose scale float16 cannot hold.
+    """
+    return _quantize(weight, group_size, bits=8)
+
+
+def quantize_int4(weight: Tensor, group_size: int = 32) -> tuple[Tensor, Tensor]:
+    """Round weights to 4 bits, with a search for the scale of least squared error.
+
+    For each place that the largest weight may get, the weights are rounded and the scale is fitted to the integers:
+    s = sum(w q) / sum(q q), which leaves the error sum(w w) - sum(w q)^2 / sum(q q). The best one's scale is kept.
+
+    Shapes: as `quantize_int8`. Raises: as `quantize_int8`.
+    """
+    return _quantize(weight, group_size, bits=4)
+
+
+def _quantize(weight: Tensor, group_size: int, bits: int) -> tuple[Tensor, Tensor]:
+    if group_size not in GROUP_SIZES:
+        raise KernelError(f"group_size is {group_size}, expected one of {', '.join(map(str, GROUP_SIZES))}")
+    if weight.dim() != 2 or not weight.is_floating_point() or weight.shape[1] == 0:
+        raise KernelError(f"weight is {weight.dtype} {list(weight.shape)}, expected floating point [outputs, inputs]")
+    N, K = weight.shape
+    num_groups = -(-K // group_size)
+    integers = torch.empty(N, num_groups * group_size, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(N, num_groups, dtype=torch.float16, device=weight.device)
+    at_once = max(1, _SEARCHED_AT_ONCE // (num_groups * group_size))
+    for first in range(0, N, at_once):
+        rows = slice(first, first + at_once)
+        padded = F.pad(weight[rows].float(), (0, num_groups * group_size - K))
+        # Groups as columns: sums over a group then run over whole vectors of groups.
+        columns = padded.view(-1, group_size).t().contiguous()
+        found = _round_int8(columns) if bits == 8 else _round_int4(columns)
+        integers[rows] = found[0].to(torch.int8).t().reshape(padded.shape)
+        scales[rows] = found[1].view(-1, num_groups)
+    if not scales.isfinite().all():
+        raise KernelError("the weights hold NaN, infinity or magnitudes beyond 500,000; they cannot be quantised")
+    return integers[:, :K], scales
+
+
+def _round_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Groups as columns [group_size, n] float32 -> integers, as float32; scales [n] float16."""
+    scales = (weight.abs().amax(0) / 112).half()
+    return _rounded(weight, scales, -112, 112), scales
+
+
+def _round_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Groups as columns [group_size, n] float32 -> integers, as float32; scales [n] float16."""
+    high, low = weight.amax(0), weight.amin(0)
+    extreme = torch.where(high > -low, high, low)
+    reciprocal = torch.where(extreme.abs() < _LEAST, 0.0, -1 / extreme)
+    integers, products = torch.empty_like(weight), torch.empty_like(weight)
+    best = torch.full_like(extreme, -1.0)
+    fitted = torch.zeros_like(extreme)
+    for place in _INT4_PLACES:
+        torch.mul(weight, reciprocal * place, out=integers).round_().clamp_(-8, 7)
+        with_weight = torch.mul(weight, integers, out=products).sum(0)
+        squares = torch.mul(integers, integers, out=products).sum(0).clamp_(min=1)
+        scale = with_weight / squares
+        explained = scale * with_weight
+        # "not less" lets NaN through, to be found out in the end.
+        better = ~(explained <= best)
+        best = torch.where(better, explained, best)
+        fitted = torch.where(better, scale, fitted)
+    scales = fitted.half()
+    return _rounded(weight, scales, -8, 7), scales
+
+
+def _rounded(weight: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
+    """The nearest integers for scales as they are stored; zeros where the scale is 0."""
+    scales = scales.float()
+    return (weight * torch.where(scales == 0, 0.0, 1 / scales)).round_().clamp_(low, high)
+
+
+def pack(integers: Tensor, scales: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+    """Lay integers and scales out as the kernels read them; see the module's text.
+
+    Shapes: integers [N, K] int8, scales [N, G] float16 -> weight [tiles, K'/4 or K'/8, 64] uint8, scales [tiles, G, 16].
+    """
+    N, K = integers.shape
+    num_groups = scales.shape[1]
+    group_size = next(size for size in GROUP_SIZES if -(-K // size) == num_groups)
+    rows = -N % TILE
+    unsigned = F.pad(integers, (0, num_groups * group_size - K, 0, rows)).add(WEIGHT_OFFSET[bits]).view(torch.uint8)
+    # Four bytes that stay together move as one number.
+    words = unsigned.view(-1, TILE, num_groups * group_size).view(torch.int32)
+    if bits == 4:
+        low, high = words.unflatten(2, (-1, 2)).unbind(3)
+        words = low | (high << 4)
+    packed = words.transpose(1, 2).contiguous().view(torch.uint8)
+    return packed, F.pad(scales, (0, 0, 0, rows)).view(-1, TILE, num_groups).transpose(1, 2).contiguous()
+
+
+def unpack(weight: Tensor, scales: Tensor, *, bits: int, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """Undo `pack`: integers [out_features, in_features] int8 and scales [out_features, groups] float16."""
+    words = weight.view(torch.int32).transpose(1, 2)
+    if bits == 4:
+        words = torch.stack((words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F), dim=3).flatten(2)
+    unsigned = words.contiguous().view(torch.uint8).flatten(0, 1)[:out_features, :in_features]
+    integers = unsigned.view(torch.int8).sub(WEIGHT_OFFSET[bits])  # 224 wraps to -32, and back to 112
+    return integers, scales.transpose(1, 2).flatten(0, 1)[:out_features]
+
+
+def dequantize(
+    weight: Tensor,
+    scales: Tensor,
+    *,
+    bits: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The weights that packed ones stand for, [out_features, in_features]."""
+    group_size = group_size_of(weight, scales, bits=bits)
+    integers, plain = unpack(weight, scales, bits=bits, out_features=out_features, in_features=in_features)
+    spread = plain.to(dtype).repeat_interleave(group_size, dim=1)[:, :in_features]
+    return integers.to(dtype) * spread
+
+
+def group_size_of(weight: Tensor, scales: Tensor, *, bits: int) -> int:
+    """How many weights share a scale; packed tensors of any other make are a KernelError."""
+    if weight.dim() == scales.dim() == 3 and scales.shape[1]:
+        padded_in = INPUTS_PER_STEP[bits] * weight.shape[1]
+        size, rest = divmod(padded_in, scales.shape[1])
+        right = (weight.shape[0], 64, TILE) == (scales.shape[0], weight.shape[2], scales.shape[2])
+        if right and not rest and size in GROUP_SIZES and (weight.dtype, scales.dtype) == (torch.uint8, torch.float16):
+            return size
+    raise KernelError(
+        f"int{bits}: weight is {weight.dtype} {list(weight.shape)} and scales {scales.dtype} {list(scales.shape)}, "
+        f"expected uint8 [tiles, inputs/{INPUTS_PER_STEP[bits]}, 64] and float16 [tiles, inputs/32 or /64, 16]"
+    )
+
+
+def quantize_activations(x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+    """Round activations to integers, with a scale for each row and each 32 inputs.
+
+    With 8-bit weights a group has 73 steps on each side; one with outliers (the largest beyond 4 root mean squares of
+    its row) has 8192, two digits of 7 bits, so that what lies beside the outlier is not lost. With 4-bit weights, all
+    have 127. A group below 1e-30 is zeros.
+
+    Shapes (K inputs, filled up with zeros to whole groups of 32): x [..., K] -> integers [..., K'] int32, scales
+        [..., K'/32] float32.
+    """
+    x = x.float()
+    rms = x.double().square().mean(-1, keepdim=True).sqrt().float()
+    groups = F.pad(x, (0, -x.shape[-1] % ACTIVATION_GROUP)).unflatten(-1, (-1, ACTIVATION_GROUP))
+    largest = groups.abs().amax(-1)
+    steps = torch.full_like(largest, 127.0)
+    if bits == 8:
+        steps = torch.where(largest > _WIDE * rms, 8192.0, 73.0)
+    empty = largest < _LEAST
+    factors = torch.where(empty, 0.0, steps / largest)
+    integers = (groups * factors.unsqueeze(-1)).round().nan_to_num(0.0).to(torch.int32)
+    return integers.flatten(-2), torch.where(empty, 0.0, largest / steps)
+
+
+def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, *, out_features: int) -> Tensor:
+    """x times packed 8-bit weights: x [..., K] float32, bias [N] float32 -> [..., N] float32.
+
+    Each row's result depends on that row alone. Raises: KernelError for shapes and dtypes that do not fit.
+    """
+    return _linear(x, weight, scales, bias, out_features, bits=8)
+
+
+def linear_int4(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, *, out_features: int) -> Tensor:
+    """x times packed 4-bit weights; see `linear_int8`."""
+    return _linear(x, weight, scales, bias, out_features, bits=4)
+
+
+def _linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, bits: int) -> Tensor:
+    group_size = group_size_of(weight, scales, bits=bits)
+    K = x.shape[-1]
+    padded_in = INPUTS_PER_STEP[bits] * weight.shape[1]
+    if x.dtype != torch.float32 or -(-K // group_size) * group_size != padded_in:
+        raise KernelError(f"x is {x.dtype} {list(x.shape)}, the weights ask for float32 with {padded_in} inputs")
+    if -(-out_features // TILE) != weight.shape[0]:
+        raise KernelError(f"out_features is {out_features}, the weights have {weight.shape[0]} tiles of 16")
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (out_features,)):
+        raise KernelError(f"bias is {bias.dtype} {list(bias.shape)}, expected float32 [{out_features}]")
+    integers, x_scales = quantize_activations(x, bits=bits)
+    rounded = integers.double() * x_scales.double().repeat_interleave(ACTIVATION_GROUP, dim=-1)
+    rounded = rounded[..., :K]
+    out = torch.empty(*x.shape[:-1], out_features, device=x.device)
+    at_once = 64  # tiles: the weights of a large head, as float64, would fill the memory
+    for tile in range(0, weight.shape[0], at_once):
+        first, last = tile * TILE, min((tile + at_once) * TILE, out_features)
+        part = slice(tile, tile + at_once)
+        exact = dequantize(
+            weight[part], scales[part], bits=bits, out_features=last - first, in_features=K, dtype=torch.float64
+        )
+        out[..., first:last] = rounded @ exact.t()
+    return out if bias is None else out + bias
