@@ -236,3 +236,151 @@ def _linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, out_
         )
         out[..., first:last] = rounded @ exact.t()
     return out if bias is None else out + bias
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_starts: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Attend each query to the cached keys and values of its own sequence, its own position included.
+
+    The queries of a sequence are its last tokens: query i of n stands at position context_len - n + i and sees the keys
+    j <= position, with a window only those with j > position - window. Prompts, chunks of prompts and single tokens
+    may stand in one batch.
+
+    Shapes (T tokens this step, S sequences, H heads, K head dim, N blocks, P tokens per block):
+        q                 [T, H, K]        float32
+        k_cache, v_cache  [N, P, H, K]     float32, float16 or bfloat16; each token's [H, K] is contiguous
+        block_tables      [S, max_blocks]  int32, -1 past the end
+        context_lens      [S]              int32, tokens, this step included
+        query_starts      [S + 1]          int32, sequence s owns the rows query_starts[s] to query_starts[s + 1] of q
+    Returns: [T, H, K] float32; the softmax is computed in float32.
+    Raises: KernelError if a dtype, a shape or a number does not fit.
+    Source: Kwon et al. 2023 (arXiv:2309.06180), section 4.3.
+    """
+    _check_caches(q, k_cache, v_cache, "q")
+    _check_batch(q, k_cache, block_tables, context_lens, query_starts, scale, window)
+    out = torch.empty_like(q)
+    starts = query_starts.tolist()
+    for s, length in enumerate(context_lens.tolist()):
+        rows = slice(starts[s], starts[s + 1])
+        positions = torch.arange(length - (rows.stop - rows.start), length, device=q.device)
+        blocks = block_tables[s, : -(-length // k_cache.shape[1])].long()
+        keys = k_cache[blocks].flatten(0, 1)[:length].float()
+        values = v_cache[blocks].flatten(0, 1)[:length].float()
+        visible = torch.arange(length, device=q.device) <= positions[:, None]
+        if window is not None:
+            visible &= torch.arange(length, device=q.device) > positions[:, None] - window
+        scores = torch.einsum("qhk,jhk->hqj", q[rows] * scale, keys).masked_fill(~visible, -torch.inf)
+        out[rows] = torch.einsum("hqj,jhk->qhk", scores.softmax(-1), values)
+    return out
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Write each token's key and value into its slot of the cache, rounded to the nearest number of the cache's dtype.
+
+    Shapes (T tokens, H heads, K head dim, N blocks, P tokens per block):
+        k, v              [T, H, K]     float32
+        k_cache, v_cache  [N, P, H, K]  float32, float16 or bfloat16; changed in place
+        slots             [T]           int64, block * P + offset; -1 skips the token
+    Raises: KernelError if a dtype, a shape or a slot does not fit, or two tokens share a slot; nothing is written then.
+    """
+    _check_caches(k, k_cache, v_cache, "k")
+    _check(v.dtype == torch.float32 and v.shape == k.shape, f"v is {_described(v)}, expected k's {_described(k)}")
+    _check(
+        slots.dtype == torch.int64 and slots.shape == k.shape[:1],
+        f"slots is {_described(slots)}, expected int64 [{k.shape[0]}]: one for each token of k",
+    )
+    num_slots = k_cache.shape[0] * k_cache.shape[1]
+    wrong = slots[(slots < -1) | (slots >= num_slots)].tolist()
+    _check(not wrong, f"slots holds {wrong[:10]}, expected -1 or 0 to {num_slots - 1}: the cache has {num_slots} slots")
+    kept = slots >= 0
+    used, counts = slots[kept].unique(return_counts=True)
+    twice = used[counts > 1].tolist()
+    _check(not twice, f"slots holds {twice[:10]} more than once, expected a slot of its own for each token")
+    block, offset = slots[kept] // k_cache.shape[1], slots[kept] % k_cache.shape[1]
+    k_cache[block, offset] = k[kept].to(k_cache.dtype)
+    v_cache[block, offset] = v[kept].to(v_cache.dtype)
+
+
+def _check_caches(x: Tensor, k_cache: Tensor, v_cache: Tensor, name: str) -> None:
+    """Check this step's tensor and the caches that it meets."""
+    _check(x.dtype == torch.float32 and x.dim() == 3, f"{name} is {_described(x)}, expected float32 [T, H, K]")
+    _check(min(x.shape[1:]) > 0, f"{name} is {_described(x)}, expected at least one head of at least one dim")
+    for cache, its_name in ((k_cache, "k_cache"), (v_cache, "v_cache")):
+        _check(
+            cache.dtype in (torch.float32, torch.float16, torch.bfloat16) and cache.dim() == 4 and cache.shape[1] > 0,
+            f"{its_name} is {_described(cache)}, expected float32, float16 or bfloat16 [N, P, H, K]",
+        )
+        _check(
+            cache.shape[2:] == x.shape[1:],
+            f"{its_name} is {_described(cache)}, expected heads and head dim as in {name}, {_described(x)}",
+        )
+        _check(
+            cache[:1, :1].is_contiguous() and all(cache.stride()),
+            f"{its_name} has strides {list(cache.stride())}, expected each token's heads and dims to be contiguous",
+        )
+    _check(
+        k_cache.dtype == v_cache.dtype and k_cache.shape == v_cache.shape,
+        f"v_cache is {_described(v_cache)}, expected k_cache's {_described(k_cache)}",
+    )
+
+
+def _check_batch(
+    q: Tensor,
+    k_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_starts: Tensor,
+    scale: float,
+    window: int | None,
+) -> None:
+    """Check who owns which queries, and where its keys are."""
+    _check(
+        block_tables.dtype == torch.int32 and block_tables.dim() == 2,
+        f"block_tables is {_described(block_tables)}, expected int32 [S, max_blocks]",
+    )
+    S = block_tables.shape[0]
+    for tensor, name, size in ((context_lens, "context_lens", S), (query_starts, "query_starts", S + 1)):
+        _check(
+            tensor.dtype == torch.int32 and tensor.shape == (size,),
+            f"{name} is {_described(tensor)}, expected int32 [{size}] for the {S} sequences of block_tables",
+        )
+    _check(abs(scale) < float("inf"), f"scale is {scale}, expected a finite number")
+    _check(window is None or window > 0, f"window is {window}, expected None or at least 1")
+    counts = query_starts.diff()
+    _check(
+        query_starts[0].item() == 0 and query_starts[-1].item() == q.shape[0] and bool((counts >= 0).all()),
+        f"query_starts is {query_starts.tolist()[:20]}, expected to rise from 0 to the {q.shape[0]} rows of q",
+    )
+    room = block_tables.shape[1] * k_cache.shape[1]
+    wrong = ((context_lens < counts) | (context_lens > room)).nonzero().flatten().tolist()
+    _check(
+        not wrong,
+        f"context_lens of the sequences {wrong[:10]} is {context_lens[wrong[:10]].tolist()}, "
+        f"expected at least their queries, {counts[wrong[:10]].tolist()}, and at most the {room} slots of a block table",
+    )
+    places = torch.arange(block_tables.shape[1], device=q.device) * k_cache.shape[1]
+    outside = (block_tables < 0) | (block_tables >= k_cache.shape[0])
+    wrong = (outside & (places < context_lens[:, None])).any(1).nonzero().flatten().tolist()
+    _check(
+        not wrong,
+        f"block_tables of the sequences {wrong[:10]} name blocks that are not there, "
+        f"expected 0 to {k_cache.shape[0] - 1} for as long as the context goes on",
+    )
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise KernelError(message)
