@@ -302,8 +302,8 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     wrong = slots[(slots < -1) | (slots >= num_slots)].tolist()
     _check(not wrong, f"slots holds {wrong[:10]}, expected -1 or 0 to {num_slots - 1}: the cache has {num_slots} slots")
     kept = slots >= 0
-    used, counts = slots[kept].unique(return_counts=True)
-    twice = used[counts > 1].tolist()
+    used = slots[kept].sort().values
+    twice = used[1:][used.diff() == 0].tolist()
     _check(not twice, f"slots holds {twice[:10]} more than once, expected a slot of its own for each token")
     block, offset = slots[kept] // k_cache.shape[1], slots[kept] % k_cache.shape[1]
     k_cache[block, offset] = k[kept].to(k_cache.dtype)
