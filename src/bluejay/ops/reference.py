@@ -118,14 +118,13 @@ def _rounded(weight: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
     return (weight * torch.where(scales == 0, 0.0, 1 / scales)).round_().clamp_(low, high)
 
 
-def pack(integers: Tensor, scales: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+def pack(integers: Tensor, scales: Tensor, *, bits: int, group_size: int = 32) -> tuple[Tensor, Tensor]:
     """Lay integers and scales out as the kernels read them; see the module's text.
 
     Shapes: integers [N, K] int8, scales [N, G] float16 -> weight [tiles, K'/4 or K'/8, 64] uint8, scales [tiles, G, 16].
     """
     N, K = integers.shape
     num_groups = scales.shape[1]
-    group_size = next(size for size in GROUP_SIZES if -(-K // size) == num_groups)
     rows = -N % TILE
     unsigned = F.pad(integers, (0, num_groups * group_size - K, 0, rows)).add(WEIGHT_OFFSET[bits]).view(torch.uint8)
     # Four bytes that stay together move as one number.
