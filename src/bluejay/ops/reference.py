@@ -4,7 +4,7 @@ Quantised weights. A group of 32 or 64 weights along the input dim shares one fl
 
     bits  integers     stored as       scale
     8     -112 … 112   byte w + 112    largest magnitude / 112
-    4     -8 … 7       nibble w + 8    the one with the least squared error of some; may be negative, so that -8 is reached
+    4     -8 … 7       nibble w + 8    the one with the least squared error of some; may be negative, to use the -8
 
 Packed, the input dim is filled up with zeros to whole groups, the outputs to whole tiles of 16. Of a tile [16, K], the
 bytes of 4 inputs of all 16 outputs lie together, as the kernels read them; with 4 bits, 8 inputs of them:
@@ -121,7 +121,8 @@ def _rounded(weight: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
 def pack(integers: Tensor, scales: Tensor, *, bits: int, group_size: int = 32) -> tuple[Tensor, Tensor]:
     """Lay integers and scales out as the kernels read them; see the module's text.
 
-    Shapes: integers [N, K] int8, scales [N, G] float16 -> weight [tiles, K'/4 or K'/8, 64] uint8, scales [tiles, G, 16].
+    Shapes: integers [N, K] int8, scales [N, G] float16
+        -> weight [tiles, K'/4 or K'/8, 64] uint8, scales [tiles, G, 16] float16.
     """
     N, K = integers.shape
     num_groups = scales.shape[1]
@@ -130,7 +131,7 @@ def pack(integers: Tensor, scales: Tensor, *, bits: int, group_size: int = 32) -
     # Four bytes that stay together move as one number.
     words = unsigned.view(-1, TILE, num_groups * group_size).view(torch.int32)
     if bits == 4:
-        low, high = words.unflatten(2, (-1, 2)).unbind(3)
+        low, high = words.view(*words.shape[:2], -1, 2).unbind(3)
         words = low | (high << 4)
     packed = words.transpose(1, 2).contiguous().view(torch.uint8)
     return packed, F.pad(scales, (0, 0, 0, rows)).view(-1, TILE, num_groups).transpose(1, 2).contiguous()
@@ -188,7 +189,8 @@ def quantize_activations(x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     rms = x.double().square().mean(-1, keepdim=True).sqrt().float()
-    groups = F.pad(x, (0, -x.shape[-1] % ACTIVATION_GROUP)).unflatten(-1, (-1, ACTIVATION_GROUP))
+    padded = F.pad(x, (0, -x.shape[-1] % ACTIVATION_GROUP))
+    groups = padded.view(*x.shape[:-1], -1, ACTIVATION_GROUP)
     largest = groups.abs().amax(-1)
     steps = torch.full_like(largest, 127.0)
     if bits == 8:
@@ -200,7 +202,7 @@ def quantize_activations(x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, *, out_features: int) -> Tensor:
-    """x times packed 8-bit weights: x [..., K] float32, bias [N] float32 -> [..., N] float32.
+    """Multiply with packed 8-bit weights: x [..., K] float32, bias [N] float32 -> [..., N] float32.
 
     Each row's result depends on that row alone. Raises: KernelError for shapes and dtypes that do not fit.
     """
@@ -208,7 +210,7 @@ def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, 
 
 
 def linear_int4(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, *, out_features: int) -> Tensor:
-    """x times packed 4-bit weights; see `linear_int8`."""
+    """Multiply with packed 4-bit weights; see `linear_int8`."""
     return _linear(x, weight, scales, bias, out_features, bits=4)
 
 
