@@ -311,6 +311,13 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     v_cache[block, offset] = v[kept].to(v_cache.dtype)
 
 
+def read_sum(buffer: Tensor) -> int:
+    """Add up the 64-bit words of a buffer, [n] uint8 with n a multiple of 64; beyond 64 bits the sum wraps around."""
+    if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.shape[0] % 64:
+        raise KernelError(f"buffer is {_described(buffer)}, expected uint8 [a multiple of 64]")
+    return int(buffer.view(torch.int64).sum().item())
+
+
 def _check_caches(x: Tensor, k_cache: Tensor, v_cache: Tensor, name: str) -> None:
     """Check this step's tensor and the caches that it meets."""
     _check(x.dtype == torch.float32 and x.dim() == 3, f"{name} is {_described(x)}, expected float32 [T, H, K]")

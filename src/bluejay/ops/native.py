@@ -1,0 +1,121 @@
+"""The compiled kernels (csrc/), called with tensors: float32 on the CPU, as `reference` otherwise.
+
+The extension checks dtypes, shapes, strides and numbers itself: what it refuses is a KernelError and reaches no kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bluejay.errors import KernelError
+
+
+class Missing(ImportError):
+    """The extension is not there, or does not load, and why."""
+
+
+@cache
+def extension() -> ModuleType:
+    """The compiled module. Raises: Missing."""
+    try:
+        from bluejay.ops import _native
+    except ModuleNotFoundError:
+        raise Missing("they were not compiled when Bluejay was installed") from None
+    except ImportError as error:
+        raise Missing(f"they do not load: {error}") from None
+    return _native
+
+
+def supported() -> list[str]:
+    """The instruction sets of this processor that there are kernels for, best first."""
+    return list(extension().supported())
+
+
+def set_active(name: str) -> None:
+    """Use the kernels of one of the `supported` instruction sets, from now on and for all threads."""
+    _call(extension().set_active, name)
+
+
+def set_num_threads(count: int, available: int) -> None:
+    """Let so many threads work on a kernel. More than are available sleep when they wait, for others to get on."""
+    _call(extension().set_num_threads, count, count <= available)
+
+
+def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, *, out_features: int) -> Tensor:
+    """As `reference.linear_int8`."""
+    return _linear(8, x, weight, scales, bias, out_features)
+
+
+def linear_int4(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, *, out_features: int) -> Tensor:
+    """As `reference.linear_int4`."""
+    return _linear(4, x, weight, scales, bias, out_features)
+
+
+def _linear(bits: int, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    x = _plain(x, "x").contiguous()
+    if out_features < 1:
+        raise KernelError(f"out_features is {out_features}, expected at least 1")
+    out = torch.empty(*x.shape[:-1], out_features, dtype=torch.float32, device="cpu")
+    _call(extension().linear, bits, out, x, weight, scales, bias)
+    return out
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_starts: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """As `reference.paged_attention`."""
+    q = _plain(q, "q").contiguous()
+    out = torch.empty_like(q)
+    batch = (block_tables.contiguous(), context_lens.contiguous(), query_starts.contiguous())
+    _call(extension().paged_attention, out, q, k_cache, v_cache, *batch, scale, window)
+    return out
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """As `reference.write_kv`."""
+    k, v = _plain(k, "k").contiguous(), _plain(v, "v").contiguous()
+    _call(extension().write_kv, k, v, k_cache, v_cache, slots.contiguous())
+
+
+def read_sum(buffer: Tensor) -> int:
+    """As `reference.read_sum`."""
+    return int(_call(extension().read_sum, buffer))
+
+
+def _plain(x: Tensor, name: str) -> Tensor:
+    """The tensor without its history: kernels have no gradient."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise KernelError(f"{name} asks for a gradient, which these kernels do not have; use torch.inference_mode()")
+    return x.detach() if x.requires_grad else x
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise KernelError(str(error)) from None
+    except TypeError:  # nanobind's message lists C++ types, which say nothing to who calls
+        given = ", ".join(_described(arg) for arg in args)
+        raise KernelError(
+            f"{function.__name__}: no kernel takes ({given}); tensors must be dense, on the CPU"
+        ) from None
+
+
+def _described(arg: Any) -> str:
+    if isinstance(arg, Tensor):
+        return f"{str(arg.dtype).removeprefix('torch.')} {list(arg.shape)} on {arg.device}"
+    return repr(arg)
