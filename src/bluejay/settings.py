@@ -21,7 +21,7 @@ from typing import Any
 from bluejay.errors import ConfigError
 
 DEVICES = "auto, cpu, cuda, cuda:1, mps"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Settings:
     Attributes:
         model: path, hub name, or "default" for the model in the package.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        dtype: "auto", "float32", "bfloat16", "float16".
+        dtype: "auto", "float32", "bfloat16", "float16"; "int8" and "int4" on the CPU.
         threads: CPU threads; 0 leaves the choice to PyTorch.
     """
 

@@ -12,14 +12,16 @@ from pathlib import Path
 import torch
 
 from bluejay.checkpoints.files import inside
-from bluejay.checkpoints.formats import Checkpoint, TensorInfo, check_dtype, open_checkpoint, widest_dtype
+from bluejay.checkpoints.formats import Checkpoint, TensorInfo, check_dtype, floating, open_checkpoint, widest_dtype
 from bluejay.checkpoints.hf import CONFIG, WEIGHTS
 from bluejay.checkpoints.keymaps import GENERATION_CONFIG, TOKENIZER_FILES
 from bluejay.checkpoints.mesh_jax import is_mesh_jax
 from bluejay.checkpoints.mesh_jax_writer import check_writable, write_mesh_jax
+from bluejay.checkpoints.quantized import DequantizedCheckpoint, QuantizingCheckpoint
 from bluejay.checkpoints.save import copy_tokenizer_files, save
 from bluejay.checkpoints.torch_bin_writer import write_torch_bin
 from bluejay.errors import CheckpointError, ConfigError
+from bluejay.model.quantized import Quantization
 
 FORMATS = ("safetensors", "torch_bin", "mesh_jax")
 TORCH_BIN = "pytorch_model.bin"
@@ -33,6 +35,7 @@ def convert(
     *,
     config: Path | None = None,
     dtype: torch.dtype | None = None,
+    quantization: Quantization | None = None,
     to: str = "safetensors",
     cores_per_replica: int = 8,
     force: bool = False,
@@ -40,14 +43,15 @@ def convert(
 ) -> list[Path]:
     """Write a checkpoint of any format in another one, with its tokenizer and its generation_config.json.
 
-    Memory holds one tensor, as stored and as written. config.json is written last: an interrupted conversion leaves a
-    directory that does not open.
+    Memory holds one tensor, as stored and as written; layers are quantised on all of the pool's threads.
+    config.json is written last: an interrupted conversion leaves a directory that does not open.
 
     Args:
         source: a checkpoint.
         target: a directory; made if it is not there.
         config: the source's config file, where it is not the config.json beside its weights.
-        dtype: float32, bfloat16 or float16; None keeps what is stored.
+        dtype: float32, bfloat16 or float16, which also makes floats of quantised weights; None keeps what is stored.
+        quantization: write the linear layers with 8 or 4 bits; to safetensors only, and from weights of floats.
         to: "safetensors" (Hugging Face, in shards of 5 GB), "torch_bin" (one pytorch_model.bin) or "mesh_jax" (slim).
         cores_per_replica: shards of a mesh_jax target.
         force: write into a directory that is not empty, over a Hugging Face model of the same format.
@@ -59,6 +63,7 @@ def convert(
         raise ConfigError(f"to is {to!r}, expected one of {', '.join(FORMATS)}")
     checkpoint = open_checkpoint(source, config=config)
     checkpoint.check()
+    checkpoint = _as_asked(checkpoint, dtype, quantization, to)
     infos = _as_written(checkpoint, dtype)
     if to == "mesh_jax":
         check_writable(checkpoint.config, cores_per_replica)
@@ -84,6 +89,31 @@ def convert(
         shutil.rmtree(staging, ignore_errors=True)
         if made and not (target / CONFIG).exists():
             shutil.rmtree(target, ignore_errors=True)
+
+
+def _as_asked(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, quantization: Quantization | None, to: str
+) -> Checkpoint:
+    """The source with its weights quantised, or made floats again, where that is asked for.
+
+    Raises: ConfigError for options that exclude one another; CheckpointError for a source that will not do.
+    """
+    stored = Quantization.of(checkpoint.config)
+    if quantization is not None:
+        if to != "safetensors" or dtype is not None:
+            raise ConfigError(f"quantised weights are written as safetensors and have no dtype, not {to} and {dtype}")
+        if stored is not None:
+            raise CheckpointError(
+                f"{checkpoint.path}: is quantised already ({stored.name}); quantise the float weights"
+            )
+        return QuantizingCheckpoint(checkpoint, quantization)
+    if stored is None:
+        return checkpoint
+    if dtype is not None:
+        return DequantizedCheckpoint(checkpoint)
+    if to != "safetensors":
+        raise ConfigError(f"{to} holds no {stored.name} weights; name a dtype to make floats of them, such as float16")
+    return checkpoint
 
 
 def _as_written(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
@@ -142,7 +172,7 @@ def _write_other(
 
     if to == "torch_bin":
         write_torch_bin(folder / TORCH_BIN, infos, checkpoint.read, advance)
-        stored = str(widest_dtype(info.dtype for info in infos.values())).removeprefix("torch.")
+        stored = str(widest_dtype(floating(infos))).removeprefix("torch.")
         described = replace(checkpoint.config, torch_dtype=stored).to_dict()
     else:
         described = write_mesh_jax(folder, checkpoint, infos, cores_per_replica, advance)

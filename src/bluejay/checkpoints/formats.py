@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from bluejay.checkpoints.files import short
-from bluejay.checkpoints.keymaps import HEAD, LEGACY_BUFFER, PREFIX, TIED_HEAD_WEIGHT
+from bluejay.checkpoints.keymaps import HEAD, LEGACY_BUFFER, PREFIX, TIED_HEAD_SCALES, TIED_HEAD_WEIGHT
 from bluejay.errors import CheckpointError, ConfigError
-from bluejay.model import ModelConfig, build
+from bluejay.model import ModelConfig
+from bluejay.model.quantized import CONFIG_KEY, SCALES, stored_shapes
 
 # A wrong config can make every one of some hundred keys wrong; a screenful of them tells as much as all.
 MAX_PRINTED = 20
@@ -110,12 +111,13 @@ def _open(path: Path, config: Path | None) -> Checkpoint:
 def weight_names(stored: Iterable[str], config: ModelConfig) -> dict[str, str]:
     """Hugging Face's name of each weight -> the name under which it is stored.
 
-    Adds the prefix that a bare model's file lacks; leaves out legacy buffers and the head's weight where it is tied.
+    Adds the prefix that a bare model's file lacks; leaves out legacy buffers and the head's weight where it is tied (a
+    quantised head is not: its integers are not the embedding's).
     """
     names = list(stored)
     bare = not any(name.startswith(PREFIX) for name in names)
     found = {PREFIX + name if bare and not name.startswith(HEAD) else name: name for name in names}
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and TIED_HEAD_SCALES not in found:
         found.pop(TIED_HEAD_WEIGHT, None)
     return {name: source for name, source in found.items() if not LEGACY_BUFFER.fullmatch(name)}
 
@@ -125,19 +127,32 @@ def key_problems(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> list
     # Building a network of ten thousand layers, even without weights, takes a minute.
     if config.n_layer > len(tensors):
         return [f"config: n_layer is {config.n_layer}, but the files hold {len(tensors)} tensors in all"]
-    expected = build(config, device="meta").state_dict()
-    problems = [f"missing: {name} {list(expected[name].shape)}" for name in expected if name not in tensors]
+    try:
+        expected = stored_shapes(config, tensors)
+    except ConfigError as error:
+        return [f"config: {error}"]
+    problems = [f"missing: {name} {list(shape)}" for name, (shape, _) in expected.items() if name not in tensors]
     for name, info in tensors.items():
         if name not in expected:
-            problems.append(f"unexpected: {short(name)} {list(info.shape)} in {info.file.name}")
-        elif info.shape != tuple(expected[name].shape):
+            problems.append(f"unexpected: {short(name)} {list(info.shape)} in {info.file.name}{_remedy(name, config)}")
+            continue
+        shape, dtype = expected[name]
+        if info.dtype == torch.uint8 and dtype is None:
+            problems.append(f"missing: the scales of {name}, which is uint8 in {info.file.name}")
+        elif info.shape != shape:
             problems.append(
-                f"misshapen: {name} is {list(info.shape)} in {info.file.name}, "
-                f"the config asks for {list(expected[name].shape)}"
+                f"misshapen: {name} is {list(info.shape)} in {info.file.name}, the config asks for {list(shape)}"
             )
-        elif not info.dtype.is_floating_point:
-            problems.append(f"wrong dtype: {name} is {info.dtype} in {info.file.name}, expected floating point")
+        elif info.dtype != dtype if dtype is not None else not info.dtype.is_floating_point:
+            wanted = "floating point" if dtype is None else dtype
+            problems.append(f"wrong dtype: {name} is {info.dtype} in {info.file.name}, expected {wanted}")
     return problems
+
+
+def _remedy(name: str, config: ModelConfig) -> str:
+    """What to think of scales that nothing is known of."""
+    without = name.endswith(SCALES) and CONFIG_KEY not in config.extras
+    return f"; the config has no {CONFIG_KEY}" if without else ""
 
 
 def check_keys(tensors: Mapping[str, TensorInfo], config: ModelConfig, path: Path) -> None:
@@ -167,6 +182,11 @@ def widest_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The dtype that holds all of these; float32 for float64, in which no network is run."""
     found = reduce(torch.promote_types, dtypes)
     return torch.float32 if found == torch.float64 else found
+
+
+def floating(tensors: Mapping[str, TensorInfo]) -> set[torch.dtype]:
+    """The dtypes of the weights that are not packed integers."""
+    return {info.dtype for info in tensors.values() if info.dtype.is_floating_point}
 
 
 def listing(problems: Sequence[str]) -> str:

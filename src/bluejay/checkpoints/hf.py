@@ -13,8 +13,9 @@ from bluejay.checkpoints.files import MAX_DESCRIPTION_BYTES, MappedFile, inside,
 from bluejay.checkpoints.formats import TensorInfo, check_keys, listing, weight_names
 from bluejay.checkpoints.safetensors_file import SafetensorsFile
 from bluejay.checkpoints.torch_bin import TorchBinFile
-from bluejay.errors import CheckpointError
+from bluejay.errors import CheckpointError, ConfigError
 from bluejay.model import ModelConfig
+from bluejay.model.quantized import Quantization
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
@@ -43,10 +44,15 @@ class HFCheckpoint:
         path: what was opened, for messages.
         config: the network.
         owners: which file holds each key.
-    Raises: CheckpointError if the keys claim more bytes than the files could hold.
+    Raises: CheckpointError if the weights are quantised in a way that Bluejay does not read, or the keys claim more
+        bytes than the files could hold.
     """
 
     def __init__(self, path: Path, config: ModelConfig, owners: Mapping[str, TensorFile]) -> None:
+        try:
+            Quantization.of(config)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from None
         self.path = path
         self.config = config
         files = set(owners.values())

@@ -8,6 +8,10 @@ import re
 PREFIX = "transformer."
 HEAD = "lm_head."
 TIED_HEAD_WEIGHT = "lm_head.weight"
+TIED_HEAD_SCALES = "lm_head.scales"  # where they are, the head is quantised and has weights of its own
+
+# Kept in 16 bits where the layers are quantised; the first is the head's weight, too, where that is tied.
+EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")
 
 # Attention masks and their fill value, which older versions of transformers saved with the weights; GPT-Neo's files
 # have the masks of some layers only.

@@ -37,6 +37,9 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+# Data begin with a whole cache line, which is what packed weights are read in.
+_ALIGNMENT = 64
+
 # A tensor is converted and written in runs of this many numbers: 64 MiB of float32.
 _RUN = 16 * 2**20
 
@@ -130,7 +133,7 @@ def write_safetensors(
         begin, end = end, end + info.num_bytes
         header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, info in tensors.items():

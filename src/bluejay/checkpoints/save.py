@@ -20,12 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from bluejay.checkpoints.files import inside
-from bluejay.checkpoints.formats import Checkpoint, TensorInfo, check_dtype, check_keys, weight_names, widest_dtype
+from bluejay.checkpoints.formats import (
+    Checkpoint,
+    TensorInfo,
+    check_dtype,
+    check_keys,
+    floating,
+    weight_names,
+    widest_dtype,
+)
 from bluejay.checkpoints.hf import CONFIG, SAFETENSORS, SAFETENSORS_INDEX
 from bluejay.checkpoints.keymaps import TOKENIZER_FILES
 from bluejay.checkpoints.safetensors_file import write_safetensors
-from bluejay.errors import CheckpointError
-from bluejay.model import ModelConfig, build
+from bluejay.errors import CheckpointError, ConfigError
+from bluejay.model import ModelConfig
+from bluejay.model.quantized import quantized_names, stored_shapes
 
 STAGING = ".saving"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -48,7 +57,7 @@ def save(
         tensors: a network, a checkpoint, or weights by name; a mapping may be lazy and is asked for each tensor twice.
         config: the network, written as config.json.
         target: the directory; made if it is not there. A model that is there already is replaced.
-        dtype: float32, bfloat16 or float16; None keeps each tensor's own.
+        dtype: float32, bfloat16 or float16; None keeps each tensor's own, the only way for quantised ones.
         max_shard_bytes: weights of more than this are cut into shards; a shard holds at least one tensor.
         on_progress: called with the bytes written so far and the bytes in all.
     Returns: the files written.
@@ -58,8 +67,10 @@ def save(
     infos, read = _source(tensors, config, target)
     check_keys(infos, config, target)
     # In the network's own order, so that the same weights make the same bytes whatever they came from.
-    order = build(config, device="meta").state_dict()
+    order = stored_shapes(config, infos)
     kept = None if dtype is None else check_dtype(dtype)
+    if kept is not None and quantized_names(infos):
+        raise ConfigError(f"the weights are quantised and cannot be written as {kept}; convert the saved model")
     infos = {name: replace(infos[name], dtype=kept or infos[name].dtype) for name in order}
     total = sum(info.num_bytes for info in infos.values())
     done = 0
@@ -79,7 +90,7 @@ def save(
             if len(shards) > 1:
                 weight_map = {name: file for file, part in shards.items() for name in part}
                 _write_json(staging / SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-            stored = str(widest_dtype(info.dtype for info in infos.values())).removeprefix("torch.")
+            stored = str(widest_dtype(floating(infos))).removeprefix("torch.")
             _write_json(staging / CONFIG, replace(config, torch_dtype=stored).to_dict())
             return _move_into_place(staging, target)
     except OSError as error:

@@ -17,6 +17,13 @@ class DType(StrEnum):
     float16 = "float16"
 
 
+class Quantized(StrEnum):
+    """What linear layers are quantised to."""
+
+    int8 = "int8"
+    int4 = "int4"
+
+
 class Format(StrEnum):
     """What a checkpoint is written as."""
 
@@ -35,6 +42,13 @@ def convert(
     target: Annotated[Path, typer.Argument(help="The directory to write; made if it is not there.")],
     dtype: Annotated[
         DType | None, typer.Option(help="What to keep the weights in.", show_default="as they are stored")
+    ] = None,
+    quantize: Annotated[
+        Quantized | None, typer.Option(help="Write linear layers with 8 or 4 bits.", show_default="no")
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="With --quantize: weights that share a scale, 32 or 64.", show_default="32"),
     ] = None,
     config: Annotated[
         Path | None,
@@ -60,12 +74,19 @@ def convert(
 
         bluejay convert gpt-j-6b/ gpt-j-6b-bf16/ --dtype bfloat16
 
+        bluejay convert gpt-j-6b/ gpt-j-6b-int4/ --quantize int4
+
         bluejay convert step_383500/ out/ --config 6B_roto_256.json
 
         bluejay convert out/ step_0/ --to mesh-jax --cores-per-replica 8
     """
     if cores_per_replica is not None and to is not Format.mesh_jax:
         raise typer.BadParameter("belongs to --to mesh-jax", param_hint="--cores-per-replica")
+    if quantize is None and group_size is not None:
+        raise typer.BadParameter("belongs to --quantize", param_hint="--group-size")
+    if quantize is not None and (dtype is not None or to is not Format.safetensors):
+        other = "--dtype" if dtype is not None else "--to"
+        raise typer.BadParameter(f"does not go with {other}: quantised models are safetensors", param_hint="--quantize")
     import torch
     from rich.console import Console
     from rich.progress import (
@@ -79,7 +100,9 @@ def convert(
 
     from bluejay import checkpoints
     from bluejay.checkpoints import hub
+    from bluejay.model.quantized import QUANTIZED_DTYPES, Quantization
 
+    wanted = None if quantize is None else Quantization(QUANTIZED_DTYPES[quantize], group_size or 32)
     columns = (
         TextColumn("converting"),
         BarColumn(),
@@ -94,6 +117,7 @@ def convert(
             target,
             config=config,
             dtype=None if dtype is None else getattr(torch, dtype),
+            quantization=wanted,
             to=to.replace("-", "_"),
             cores_per_replica=cores_per_replica or 8,
             force=force,

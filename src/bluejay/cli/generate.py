@@ -116,7 +116,7 @@ def generate(
     prompt_logprobs: Annotated[
         int | None, typer.Option(help="The same for the prompt's tokens.", rich_help_panel=OUTPUT)
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16, int8, int4.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 0: all cores, one for a small model.")] = None,
 ) -> None:

@@ -35,7 +35,10 @@ def open_llm(
     with Console(stderr=True).status(label) as status:
         import torch
 
+        from bluejay import ops
         from bluejay.engine import LLM
+        from bluejay.model import num_parameters
+        from bluejay.model.quantized import is_quantized
 
         if settings.threads:
             torch.set_num_threads(settings.threads)
@@ -44,7 +47,9 @@ def open_llm(
             status.update(f"{label}: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
         llm = LLM(settings.model, dtype=settings.dtype, device=settings.device, on_progress=show)
-    small = sum(parameter.numel() for parameter in llm.model.parameters()) < SMALL_MODEL_PARAMETERS
-    if one_by_one and small and not settings.threads and llm.device.type == "cpu":
+    small = one_by_one and num_parameters(llm.config) < SMALL_MODEL_PARAMETERS and llm.device.type == "cpu"
+    if is_quantized(llm.model):  # PyTorch has one thread now, the kernels have their own
+        ops.set_num_threads(settings.threads or (1 if small else ops.num_threads()))
+    elif small and not settings.threads:
         torch.set_num_threads(1)
     return llm

@@ -17,10 +17,11 @@ from bluejay.checkpoints.hub_cache import DEFAULT_MODEL
 from bluejay.decoding.params import SamplingParams
 from bluejay.engine.plain import PlainEngine
 from bluejay.engine.request import GenerationEvent, GenerationRequest, RequestOutput, Score
-from bluejay.errors import CheckpointError, InvalidRequest
+from bluejay.errors import CheckpointError, ConfigError, InvalidRequest
 from bluejay.model.device import available_memory_bytes, choose_device, choose_dtype
 from bluejay.model.gpt_neo import GPTNeo
 from bluejay.model.gptj import GPTJ
+from bluejay.model.quantized import QUANTIZED_DTYPES, Quantization
 from bluejay.tokenizer import load_tokenizer
 
 Prompt = str | Sequence[int]
@@ -34,8 +35,11 @@ class LLM:
         model: a checkpoint directory, the name of a pulled model ("gpt-j-6b", "owner/name@revision"), or None for the
             default model that comes with the package.
         dtype: "float32", "bfloat16", "float16", or "auto": as stored, but float32 on a CPU where float16 was stored
-            and the memory allows it (else bfloat16), and bfloat16 on a GPU where float32 was stored.
-        device: "cpu", "cuda", "cuda:1", "mps", or "auto": a GPU if there is one.
+            and the memory allows it (else bfloat16), and bfloat16 on a GPU where float32 was stored. "int8" and "int4"
+            quantise the weights while they load; a model that is stored so is opened so, or made floats again.
+        device: "cpu", "cuda", "cuda:1", "mps", or "auto": a GPU if there is one; the CPU for int8 and int4, which run
+            on it alone, on the threads of `bluejay.ops.set_num_threads`. PyTorch then gets one: its own threads and
+            those would wait for each other.
         on_progress: called with bytes read and bytes in all while weights load.
 
     Attributes:
@@ -55,8 +59,7 @@ class LLM:
     ) -> None:
         self.name = str(model) if model is not None else DEFAULT_MODEL
         self.path = hub.resolve(self.name)
-        self.device = choose_device(device)
-        self.model, self.dtype = _load(self.path, dtype, self.device, on_progress)
+        self.model, self.dtype, self.device = _load(self.path, dtype, device, on_progress)
         self.config = self.model.config
         self.tokenizer = load_tokenizer(self.path if self.path.is_dir() else self.path.parent)
         if self.tokenizer.vocab_size > self.config.vocab_size:
@@ -163,16 +166,30 @@ def load(
 
     Args: as `LLM`; `trainable` makes parameters that ask for gradients.
     """
-    chosen = choose_device(device)
     path = hub.resolve(str(model) if model is not None else DEFAULT_MODEL)
-    return _load(path, dtype, chosen, None, trainable=trainable)[0]
+    return _load(path, dtype, device, None, trainable=trainable)[0]
 
 
 def _load(
-    path: Path, dtype: str, device: torch.device, on_progress: Progress | None, *, trainable: bool = False
-) -> tuple[GPTJ | GPTNeo, torch.dtype]:
+    path: Path, dtype: str, device_name: str, on_progress: Progress | None, *, trainable: bool = False
+) -> tuple[GPTJ | GPTNeo, torch.dtype, torch.device]:
+    """The network, the dtype that it computes in, and where it is."""
+    device = choose_device(device_name)
     checkpoint = checkpoints.open_checkpoint(path)
     checkpoint.check()  # a checkpoint without weights has no dtype to choose from
+    stored_as = Quantization.of(checkpoint.config)
+    if dtype in QUANTIZED_DTYPES or (dtype == "auto" and stored_as is not None):
+        wanted = Quantization(QUANTIZED_DTYPES[dtype]) if stored_as is None else stored_as
+        if dtype not in ("auto", wanted.name):
+            raise ConfigError(f"dtype is {dtype}, {path} is stored as {wanted.name}; quantise the float weights")
+        if stored_as is None:
+            checkpoint = checkpoints.QuantizingCheckpoint(checkpoint, wanted)
+        device = torch.device("cpu") if device_name == "auto" else device
+        quantized = checkpoints.load_model(checkpoint, device=device, trainable=trainable, on_progress=on_progress)
+        torch.set_num_threads(1)
+        return quantized, torch.float32, device
+    if stored_as is not None:
+        checkpoint = checkpoints.DequantizedCheckpoint(checkpoint)
     infos = checkpoint.tensors().values()
     stored = {info.dtype for info in infos}
     num_parameters = sum(info.num_bytes // info.dtype.itemsize for info in infos)
@@ -180,7 +197,7 @@ def _load(
     model = checkpoints.load_model(
         checkpoint, dtype=chosen, device=device, trainable=trainable, on_progress=on_progress
     )
-    return model, chosen
+    return model, chosen, device
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

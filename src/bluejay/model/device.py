@@ -41,11 +41,11 @@ def choose_dtype(
         name: "float32", "bfloat16", "float16" or "auto".
         stored: dtypes of the checkpoint's tensors.
         memory_bytes: what a CPU model may at most take.
-    Raises: ConfigError for another name.
+    Raises: ConfigError for another name; "int8" and "int4" are no dtypes to compute in, and not for here.
     """
     if name != "auto":
         if name not in DTYPES:
-            raise ConfigError(f"dtype is {name!r}, expected auto, {', '.join(DTYPES)}")
+            raise ConfigError(f"dtype is {name!r}, expected auto, {', '.join(DTYPES)}, int8, int4")
         return DTYPES[name]
     widest = max(stored, key=lambda dtype: dtype.itemsize)
     if device.type == "cuda":
