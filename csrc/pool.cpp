@@ -95,8 +95,6 @@ public:
         return true;
     }
 
-    std::unique_lock<std::mutex> wait_until_idle() { return std::unique_lock<std::mutex>(turn_); }
-
 private:
     void open(int64_t count, void (*call)(void*, int64_t), void* body) {
         count_ = count;
@@ -236,7 +234,7 @@ void set_num_threads(int count, bool spin) {
     if (count < 1 || count > kMaxThreads) {
         throw std::invalid_argument("threads is " + std::to_string(count) + ", expected 1 to " + std::to_string(kMaxThreads));
     }
-    std::shared_ptr<Pool> old;  // ended outside of the lock, when the last kernel that runs on it is done
+    std::shared_ptr<Pool> old;  // ends outside of the lock; if a kernel still runs on it, with that one's end
     const std::lock_guard<std::mutex> lock(shared().mutex);
     if (shared().threads == count && shared().spin == spin) return;
     shared().threads = count;

@@ -15,8 +15,8 @@ constexpr int kMaxThreads = 1024;
 // The threads that work on a kernel, the caller among them.
 int num_threads();
 
-// Change their number; waits for a kernel that runs. With `spin` false workers sleep at once: right where they would take
-// the processor from others, as with more threads than processors. std::invalid_argument outside of 1 … kMaxThreads.
+// Change their number, for kernels that begin from now on. With `spin` false workers sleep at once: right where they would
+// take the processor from one another, having fewer of them. std::invalid_argument outside of 1 … kMaxThreads.
 void set_num_threads(int count, bool spin = true);
 
 // Implementation of parallel_for.

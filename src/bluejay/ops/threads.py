@@ -46,20 +46,17 @@ def processors(root: Path = Path("/")) -> Processors:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """The limits of the process's control group and of all above it, of version 1 or 2."""
-    for line in _words_by_line(root / "proc/self/cgroup", ":", 2):
-        if len(line) != 3:
-            continue
-        _, controllers, group = line
+    """The limits of the process's control group and of all above it, of version 1 or 2 (man 7 cgroups)."""
+    mounts = root / "sys/fs/cgroup"
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, _, controllers_and_group = line.partition(":")
+        controllers, _, group = controllers_and_group.partition(":")
         if controllers == "":
-            for folder in _upwards(root / "sys/fs/cgroup", group):
-                for quota, period in _words_by_line(folder / "cpu.max"):
-                    yield from _share(quota, period)
+            for folder in _upwards(mounts, group):
+                yield from _share(_text(folder / "cpu.max").split())
         elif "cpu" in controllers.split(","):
-            for folder in _upwards(root / "sys/fs/cgroup" / controllers, group):
-                yield from _share(_text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us"))
-            for folder in _upwards(root / "sys/fs/cgroup/cpu", group):
-                yield from _share(_text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us"))
+            for folder in (*_upwards(mounts / controllers, group), *_upwards(mounts / "cpu", group)):
+                yield from _share([_text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")])
 
 
 def _upwards(mount: Path, group: str) -> Iterator[Path]:
@@ -68,10 +65,10 @@ def _upwards(mount: Path, group: str) -> Iterator[Path]:
     yield from (mount / part for part in (path, *path.parents) if ".." not in part.parts)
 
 
-def _share(quota: str, period: str) -> Iterator[float]:
-    """Microseconds of processor time per period of microseconds; "max" and -1 are no limit."""
-    if quota.isdigit() and period.isdigit() and int(quota) and int(period):
-        yield int(quota) / int(period)
+def _share(quota_and_period: list[str]) -> Iterator[float]:
+    """Microseconds of processor time in a period of microseconds; "max" and -1 are no limit."""
+    if len(quota_and_period) == 2 and all(number.isdigit() and int(number) for number in quota_and_period):
+        yield int(quota_and_period[0]) / int(quota_and_period[1])
 
 
 def _text(file: Path) -> str:
@@ -79,7 +76,3 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return ""
-
-
-def _words_by_line(file: Path, separator: str | None = None, most: int = -1) -> Iterator[list[str]]:
-    return (line.split(separator, most) for line in _text(file).splitlines())
