@@ -16,8 +16,6 @@ from bluejay.model.gpt_neo import GPTNeo
 from bluejay.model.gptj import GPTJ
 from bluejay.model.quantized import Quantization, WidenedEmbedding, build_quantized, quantized_names
 
-_TO_FLOATS = 'name a dtype, such as "float32", to make floats of them'
-
 
 def load_model(
     source: Path | Checkpoint,
@@ -47,11 +45,17 @@ def load_model(
     checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
     checkpoint.check()
     quantization = Quantization.of(checkpoint.config)
+    if quantization is not None and trainable:
+        raise ConfigError(
+            f"{checkpoint.path}: {quantization.name} weights cannot be trained; train the float weights that they were "
+            "made of, or make floats of them: bluejay convert SRC DST --dtype float32"
+        )
     if quantization is not None and dtype is None:
         if torch.device(device).type != "cpu":
-            raise ConfigError(f"device is {str(device)!r}, and {quantization.name} runs on the CPU; {_TO_FLOATS}")
-        if trainable:
-            raise ConfigError(f"{checkpoint.path}: {quantization.name} weights cannot be trained; {_TO_FLOATS}")
+            raise ConfigError(
+                f"device is {str(device)!r}, and {quantization.name} runs on the CPU; use cpu, or name a dtype, such as "
+                "float16, to make floats of the weights"
+            )
         return _load_quantized(checkpoint, quantization, on_progress)
     if quantization is not None:
         checkpoint = DequantizedCheckpoint(checkpoint)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bluejay import checkpoints
+from bluejay import checkpoints, ops
 from bluejay.checkpoints import hub
 from bluejay.checkpoints.hub_cache import DEFAULT_MODEL
 from bluejay.decoding.params import SamplingParams
@@ -186,7 +186,8 @@ def _load(
             checkpoint = checkpoints.QuantizingCheckpoint(checkpoint, wanted)
         device = torch.device("cpu") if device_name == "auto" else device
         quantized = checkpoints.load_model(checkpoint, device=device, trainable=trainable, on_progress=on_progress)
-        torch.set_num_threads(1)
+        if ops.voice() != ops.REFERENCE:
+            torch.set_num_threads(1)
         return quantized, torch.float32, device
     if stored_as is not None:
         checkpoint = checkpoints.DequantizedCheckpoint(checkpoint)
