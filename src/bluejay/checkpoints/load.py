@@ -53,8 +53,8 @@ def load_model(
     if quantization is not None and dtype is None:
         if torch.device(device).type != "cpu":
             raise ConfigError(
-                f"device is {str(device)!r}, and {quantization.name} runs on the CPU; use cpu, or name a dtype, such as "
-                "float16, to make floats of the weights"
+                f"device is {str(device)!r}, and {quantization.name} runs on the CPU; use cpu, or a dtype such as "
+                "float16, which makes floats of the weights"
             )
         return _load_quantized(checkpoint, quantization, on_progress)
     if quantization is not None:
