@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from bluejay import __version__
+from bluejay.cli.bench import bench
 from bluejay.cli.convert import convert
 from bluejay.cli.generate import generate
 from bluejay.cli.inspect import inspect
@@ -37,6 +38,7 @@ app.command()(inspect)
 app.command()(convert)
 app.command()(train)
 app.command()(perplexity)
+app.add_typer(bench, name="bench")
 
 
 def _version(show: bool) -> None:
