@@ -1,0 +1,99 @@
+// Paged attention, softmax(scale · q kᵀ) v, over keys and values that lie in blocks, and the writing of them.
+//
+// A sequence's queries are its last tokens; a query sees the keys up to its own position, with a window only the last
+// `window` of these. The batch is cut into pieces by shape alone, each piece is computed by one thread, and what must be
+// added up is added in order: results do not depend on the number of threads.
+//
+//   several queries   a tile of queries of one head runs over all keys it sees, with an online softmax
+//   one query         the keys are cut into splits of kSplitKeys, which are joined at the end
+//
+// Source: Dao 2023 (arXiv:2307.08691) for the online softmax over tiles; Kwon et al. 2023 (arXiv:2309.06180) for blocks.
+#pragma once
+
+#include <cstdint>
+
+namespace bluejay {
+
+enum class KvType { float32, float16, bfloat16 };
+
+// Keys or values [blocks, block_size, heads, head_dim]; the last two dims are contiguous. Strides in bytes.
+struct CacheView {
+    char* data;
+    int64_t block_stride;
+    int64_t token_stride;
+};
+
+struct AttentionArgs {
+    const float* q;               // [tokens, heads, head_dim]
+    float* out;                   // the same
+    int64_t heads;
+    int64_t head_dim;
+    KvType type;
+    CacheView keys;
+    CacheView values;
+    int64_t block_size;
+    const int32_t* block_tables;  // [sequences, max_blocks]
+    int64_t max_blocks;
+    const int32_t* context_lens;  // [sequences]
+    const int32_t* query_starts;  // [sequences + 1]
+    int64_t sequences;
+    float scale;
+    int64_t window;               // 0: none
+};
+
+struct WriteArgs {
+    const float* k;               // [tokens, heads, head_dim]
+    const float* v;
+    int64_t tokens;
+    int64_t row;                  // heads * head_dim
+    KvType type;
+    CacheView keys;
+    CacheView values;
+    int64_t block_size;
+    const int64_t* slots;         // [tokens], -1 skips
+};
+
+// Both trust their arguments. Several threads of the program may call at once.
+void paged_attention(const AttentionArgs& args);
+void write_kv(const WriteArgs& args);
+
+constexpr int64_t kSplitKeys = 512;  // for one query: enough work for a thread, and parts for many threads
+constexpr int64_t kKeyTile = 64;     // keys whose scores are held at once: with 256 dims, 64 KiB each of keys and values
+constexpr int64_t kPanels = 4;       // panels of queries that share what was read of the cache
+
+// Some queries of one head of one sequence, and the keys to look at.
+struct AttentionTile {
+    int64_t sequence;
+    int64_t head;
+    int64_t row;                  // of q, the first query's
+    int64_t rows;
+    int64_t position;             // the first query's
+    int64_t first_key;
+    int64_t end_key;
+    int64_t partial;              // where one query's split leaves its result; -1: it is the only one, straight to out
+};
+
+// What one instruction set has to offer. Scratch: scratch_floats(lanes, head_dim), aligned to 64 bytes.
+struct AttentionKernels {
+    int64_t lanes;                // queries in a panel: a tile has at most kPanels * lanes rows
+    void (*attend)(const AttentionArgs& args, const AttentionTile& tile, float* scratch);
+    // One query: `mixed` [head_dim] gets sum(exp(score - largest) * value); returns the largest score and sum(exp(…)).
+    void (*attend_one)(const AttentionArgs& args, const AttentionTile& tile, float* mixed, float* largest, float* sum);
+    void (*store)(const float* from, void* to, KvType type, int64_t count);
+};
+
+constexpr int64_t padded_dim(int64_t head_dim) { return (head_dim + 7) / 8 * 8; }
+
+// The 16 keep equal columns of neighbouring rows out of the same cache sets.
+constexpr int64_t row_floats(int64_t head_dim) { return padded_dim(head_dim) + 16; }
+
+constexpr int64_t scratch_floats(int64_t lanes, int64_t head_dim) {
+    const int64_t panel = (2 * padded_dim(head_dim) + 2) * lanes;  // queries, results, largest scores, sums
+    return kPanels * panel + 2 * kKeyTile * row_floats(head_dim) + kKeyTile * lanes;
+}
+
+extern const AttentionKernels attention_portable;
+extern const AttentionKernels attention_avx2;
+extern const AttentionKernels attention_avx512;
+
+}  // namespace bluejay

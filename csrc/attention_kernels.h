@@ -1,0 +1,481 @@
+// The attention kernels, written once in the compiler's vector types, for vectors of BLUEJAY_VECTOR_BYTES.
+//
+// Each instruction set's file includes this and is compiled with its own flags. Everything is in an unnamed namespace and
+// nothing comes from the standard library: what two files share, the linker keeps once, from either of them, and code for
+// AVX-512 must not end up where an older processor runs it.
+//
+// Several queries lie side by side in the lanes of a vector ("a panel", transposed: [head_dim][lanes]). Keys and values
+// are widened to float32 once a tile, in their natural layout, and broadcast one number at a time. So both products are
+// the same small one, the softmax needs no sums across lanes, and any head_dim works:
+//
+//   weights [keys][lanes]      = keys   [keys][head_dim] · queries [head_dim][lanes]
+//   mixed   [head_dim][lanes] += valuesᵀ [head_dim][keys] · weights [keys][lanes]
+#pragma once
+
+#include <cfloat>
+#include <cstring>
+
+#if BLUEJAY_VECTOR_BYTES > 16
+#include <immintrin.h>
+#endif
+
+#include "attention.h"
+
+namespace bluejay {
+namespace {
+
+constexpr int kLanes = BLUEJAY_VECTOR_BYTES / 4;
+
+typedef float Vec __attribute__((vector_size(BLUEJAY_VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(BLUEJAY_VECTOR_BYTES)));
+typedef uint32_t Bits __attribute__((vector_size(BLUEJAY_VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(BLUEJAY_VECTOR_BYTES / 2)));
+
+#define BLUEJAY_INLINE inline __attribute__((always_inline))
+
+template <typename To, typename From>
+BLUEJAY_INLINE To as(From from) {
+    static_assert(sizeof(To) == sizeof(From), "the same bits under another type");
+    To to;
+    memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+template <typename T = Vec>
+BLUEJAY_INLINE T load(const void* from) {
+    T v;
+    memcpy(&v, from, sizeof(v));
+    return v;
+}
+
+BLUEJAY_INLINE void store(void* to, Vec v) { memcpy(to, &v, sizeof(v)); }
+
+BLUEJAY_INLINE Vec splat(float x) { return Vec{} + x; }
+
+// a * b + c, rounded once where the processor can.
+BLUEJAY_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+#if BLUEJAY_VECTOR_BYTES == 64
+    return _mm512_fmadd_ps(a, b, c);
+#elif BLUEJAY_VECTOR_BYTES == 32
+    return _mm256_fmadd_ps(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+BLUEJAY_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+// e^x for x <= 0, to 2 units in the last place; 0 below -87.3, where float32 has no normal numbers left. NaN stays NaN.
+// x = n ln 2 + r, |r| <= ln 2 / 2; the polynomial for e^r is Cephes' expf.
+BLUEJAY_INLINE Vec exp_negative(Vec x) {
+    const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
+    const Vec shifted = multiply_add(x, splat(1.44269504f), magic);
+    const Vec n = shifted - magic;
+    const Vec r = multiply_add(n, splat(2.12194440e-4f), multiply_add(n, splat(-0.693359375f), x));
+    Vec p = splat(1.9875691500e-4f);
+    p = multiply_add(p, r, splat(1.3981999507e-3f));
+    p = multiply_add(p, r, splat(8.3334519073e-3f));
+    p = multiply_add(p, r, splat(4.1665795894e-2f));
+    p = multiply_add(p, r, splat(1.6666665459e-1f));
+    p = multiply_add(p, r, splat(5.0000001201e-1f));
+    p = multiply_add(p, r * r, r) + 1.0f;
+    const Ints exponent = as<Ints>(shifted) - as<Ints>(magic);
+    const Vec power = as<Vec>((exponent + 127) << 23);
+    return x < -87.3f ? Vec{} : p * power;
+}
+
+// The cache's number formats. A float16 without its own instruction: the bits as a float32 are 2^112 times too small,
+// whether the number is normal or not; infinities and NaN get the largest exponent instead.
+struct Float32 {
+    typedef float Number;
+    static BLUEJAY_INLINE Vec widen(const Number* from) { return load(from); }
+    static BLUEJAY_INLINE float widen_one(Number x) { return x; }
+    static BLUEJAY_INLINE void narrow(Number* to, Vec v) { store(to, v); }
+    static BLUEJAY_INLINE Number narrow_one(float x) { return x; }
+};
+
+struct BFloat16 {
+    typedef uint16_t Number;
+    static BLUEJAY_INLINE Vec widen(const Number* from) {
+        return as<Vec>(__builtin_convertvector(load<Halves>(from), Bits) << 16);
+    }
+    static BLUEJAY_INLINE float widen_one(Number x) { return as<float>(uint32_t(x) << 16); }
+    static BLUEJAY_INLINE void narrow(Number* to, Vec v) {
+        const Bits bits = as<Bits>(v);
+        const Bits even = v == v ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : Bits{} + 0x7fc0;
+        const Halves halves = __builtin_convertvector(even, Halves);
+        memcpy(to, &halves, sizeof(halves));
+    }
+    static BLUEJAY_INLINE Number narrow_one(float x) {
+        const uint32_t bits = as<uint32_t>(x);
+        const uint32_t even = bits + 0x7fff + (bits >> 16 & 1);
+        return x != x ? 0x7fc0 : even >> 16;
+    }
+};
+
+struct Float16 {
+    typedef uint16_t Number;
+    static BLUEJAY_INLINE Vec widen(const Number* from) {
+#if BLUEJAY_VECTOR_BYTES == 64
+        return _mm512_maskz_cvtph_ps(0xffff, load<__m256i>(from));  // plain cvtph sets off GCC's warnings
+#elif BLUEJAY_VECTOR_BYTES == 32
+        return _mm256_cvtph_ps(load<__m128i>(from));
+#else
+        const Bits half = __builtin_convertvector(load<Halves>(from), Bits);
+        const Bits magnitude = (half & 0x7fff) << 13;
+        const Vec finite = as<Vec>(magnitude) * 0x1p112f;
+        const Bits bits = magnitude >= 0x0f800000 ? magnitude | 0x70000000 : as<Bits>(finite);
+        return as<Vec>(bits | (half & 0x8000) << 16);
+#endif
+    }
+    static BLUEJAY_INLINE float widen_one(Number x) {
+        const uint32_t magnitude = (x & 0x7fffu) << 13;
+        const uint32_t finite = as<uint32_t>(as<float>(magnitude) * 0x1p112f);
+        return as<float>((magnitude >= 0x0f800000 ? magnitude | 0x70000000 : finite) | (x & 0x8000u) << 16);
+    }
+    static BLUEJAY_INLINE void narrow(Number* to, Vec v) {
+#if BLUEJAY_VECTOR_BYTES == 64
+        const __m256i halves = _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        memcpy(to, &halves, sizeof(halves));
+#elif BLUEJAY_VECTOR_BYTES == 32
+        const __m128i halves = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        memcpy(to, &halves, sizeof(halves));
+#else
+        for (int lane = 0; lane < kLanes; ++lane) to[lane] = narrow_one(v[lane]);
+#endif
+    }
+    static BLUEJAY_INLINE Number narrow_one(float x) {
+        const uint32_t bits = as<uint32_t>(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+        if (magnitude > 0x7f800000) return sign | 0x7e00;   // NaN
+        if (magnitude >= 0x477ff000) return sign | 0x7c00;  // 65,520 and more round to infinity
+        if (magnitude < 0x38800000) {                       // no normal float16: let an addition do the rounding
+            return sign | (as<uint32_t>(as<float>(magnitude) + 0.5f) - as<uint32_t>(0.5f));
+        }
+        return sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    }
+};
+
+// Where each of some keys begins, one pointer to the head's numbers of each.
+struct Rows {
+    const char* at[kKeyTile];
+};
+
+BLUEJAY_INLINE void locate(const CacheView& view, const AttentionArgs& args, const AttentionTile& tile, int64_t head_bytes,
+                           int64_t first, int64_t count, Rows& rows) {
+    const int32_t* table = args.block_tables + tile.sequence * args.max_blocks;
+    int64_t block = first / args.block_size, offset = first % args.block_size;
+    for (int64_t j = 0; j < count; ++j) {
+        rows.at[j] = view.data + table[block] * view.block_stride + offset * view.token_stride + tile.head * head_bytes;
+        if (++offset == args.block_size) ++block, offset = 0;
+    }
+}
+
+// Widen rows into [count rounded up to 8][row_floats], filled up with zeros.
+template <typename Format>
+void widen_rows(const Rows& rows, int64_t count, int64_t head_dim, float* to) {
+    const int64_t padded = padded_dim(head_dim), stride = row_floats(head_dim);
+    for (int64_t j = 0; j < count; ++j, to += stride) {
+        const auto* from = reinterpret_cast<const typename Format::Number*>(rows.at[j]);
+        int64_t i = 0;
+        for (; i + kLanes <= head_dim; i += kLanes) store(to + i, Format::widen(from + i));
+        for (; i < head_dim; ++i) to[i] = Format::widen_one(from[i]);
+        for (; i < padded; ++i) to[i] = 0;
+    }
+    for (int64_t j = count; j % 8 != 0; ++j, to += stride) memset(to, 0, padded * sizeof(float));
+}
+
+// acc[r] += sum over i of a[r * row_step + i * step] * b[i][lanes]
+template <int ROWS, int VECS>
+BLUEJAY_INLINE void multiply(Vec (&acc)[ROWS][VECS], const float* a, int64_t row_step, int64_t step, const float* b,
+                             int64_t count) {
+    for (int64_t i = 0; i < count; ++i, a += step, b += VECS * kLanes) {
+        Vec right[VECS];
+#pragma GCC unroll 4
+        for (int c = 0; c < VECS; ++c) right[c] = load(b + c * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+            const Vec left = splat(a[r * row_step]);
+#pragma GCC unroll 4
+            for (int c = 0; c < VECS; ++c) acc[r][c] = multiply_add(left, right[c], acc[r][c]);
+        }
+    }
+}
+
+// VECS * kLanes queries of a tile, and how far they have come.
+struct Panel {
+    float* queries;               // [padded_dim][lanes], scaled
+    float* mixed;                 // [padded_dim][lanes]: sum of exp(score - largest) * value
+    float* largest;               // [lanes]
+    float* sum;                   // [lanes]: sum of exp(score - largest)
+    int64_t position;             // the first query's; the others' follow
+};
+
+template <int VECS>
+void begin(Panel& panel, const AttentionArgs& args, const float* q, int64_t rows) {
+    constexpr int64_t lanes = VECS * kLanes;
+    memset(panel.queries, 0, padded_dim(args.head_dim) * lanes * sizeof(float));
+    memset(panel.mixed, 0, padded_dim(args.head_dim) * lanes * sizeof(float));
+    for (int64_t lane = 0; lane < lanes; ++lane) panel.largest[lane] = -FLT_MAX, panel.sum[lane] = 0;
+    for (int64_t lane = 0; lane < rows; ++lane, q += args.heads * args.head_dim) {
+        for (int64_t i = 0; i < args.head_dim; ++i) panel.queries[i * lanes + lane] = q[i] * args.scale;
+    }
+}
+
+template <int VECS>
+void finish(const Panel& panel, const AttentionArgs& args, float* out, int64_t rows) {
+    constexpr int64_t lanes = VECS * kLanes;
+    for (int64_t lane = 0; lane < rows; ++lane, out += args.heads * args.head_dim) {
+        const float factor = 1.0f / panel.sum[lane];
+        for (int64_t i = 0; i < args.head_dim; ++i) out[i] = panel.mixed[i * lanes + lane] * factor;
+    }
+}
+
+// Turn scores into weights, exp(score - largest), 0 where a query does not see a key; `factor` [lanes] is what earlier
+// sums and results must be multiplied with.
+template <int VECS, bool MASKED>
+void softmax(Panel& panel, float* weights, int64_t first_key, int64_t count, int64_t window, Vec (&factor)[VECS]) {
+#pragma GCC unroll 4
+    for (int c = 0; c < VECS; ++c) {
+        float* column = weights + c * kLanes;
+        Ints age = {};  // keys between a query and the first key: seen are those with 0 <= age < window
+        for (int lane = 0; lane < kLanes; ++lane) age[lane] = int32_t(panel.position + c * kLanes + lane - first_key);
+        const int32_t oldest = window > 0 ? int32_t(window) : INT32_MAX;
+        const Vec before = load(panel.largest + c * kLanes);
+        Vec largest = before;
+        for (int64_t j = 0; j < count; ++j) {
+            const Vec score = load(column + j * VECS * kLanes);
+            if constexpr (MASKED) {
+                const Ints behind = age - int32_t(j);
+                largest = (behind >= 0) & (behind < oldest) ? larger(score, largest) : largest;
+            } else {
+                largest = larger(score, largest);
+            }
+        }
+        Vec sum = {};
+        for (int64_t j = 0; j < count; ++j) {
+            Vec weight = exp_negative(load(column + j * VECS * kLanes) - largest);
+            if constexpr (MASKED) {
+                const Ints behind = age - int32_t(j);
+                weight = (behind >= 0) & (behind < oldest) ? weight : Vec{};
+            }
+            store(column + j * VECS * kLanes, weight);
+            sum += weight;
+        }
+        factor[c] = exp_negative(before - largest);
+        store(panel.largest + c * kLanes, largest);
+        store(panel.sum + c * kLanes, load(panel.sum + c * kLanes) * factor[c] + sum);
+    }
+}
+
+// Let a panel look at `count` keys from first_key on.
+template <int VECS, int ROWS>
+void look(Panel& panel, const AttentionArgs& args, const float* keys, const float* values, float* weights,
+          int64_t first_key, int64_t count) {
+    constexpr int64_t lanes = VECS * kLanes;
+    const int64_t stride = row_floats(args.head_dim), padded = padded_dim(args.head_dim), last = panel.position + lanes - 1;
+    if (count > last + 1 - first_key) count = last + 1 - first_key;
+    if (count <= 0 || (args.window > 0 && first_key + count <= panel.position - args.window + 1)) return;
+    for (int64_t j = 0; j < count; j += ROWS) {
+        Vec acc[ROWS][VECS] = {};
+        multiply<ROWS, VECS>(acc, keys + j * stride, stride, 1, panel.queries, padded);
+        for (int r = 0; r < ROWS; ++r) {
+            for (int c = 0; c < VECS; ++c) store(weights + (j + r) * lanes + c * kLanes, acc[r][c]);
+        }
+    }
+    Vec factor[VECS];
+    const bool masked = first_key + count - 1 > panel.position || (args.window > 0 && first_key <= last - args.window);
+    if (masked) {
+        softmax<VECS, true>(panel, weights, first_key, count, args.window, factor);
+    } else {
+        softmax<VECS, false>(panel, weights, first_key, count, args.window, factor);
+    }
+    for (int64_t i = 0; i < padded; i += ROWS) {
+        Vec acc[ROWS][VECS];
+        for (int r = 0; r < ROWS; ++r) {
+            for (int c = 0; c < VECS; ++c) acc[r][c] = load(panel.mixed + (i + r) * lanes + c * kLanes) * factor[c];
+        }
+        multiply<ROWS, VECS>(acc, values + i, 1, stride, weights, count);
+        for (int r = 0; r < ROWS; ++r) {
+            for (int c = 0; c < VECS; ++c) store(panel.mixed + (i + r) * lanes + c * kLanes, acc[r][c]);
+        }
+    }
+}
+
+template <typename Format, int VECS, int ROWS>
+void attend_panels(const AttentionArgs& args, const AttentionTile& tile, float* scratch) {
+    constexpr int64_t lanes = VECS * kLanes;
+    const int64_t panel_floats = padded_dim(args.head_dim) * lanes;
+    const int64_t row_step = lanes * args.heads * args.head_dim, start = (tile.row * args.heads + tile.head) * args.head_dim;
+    const int64_t head_bytes = args.head_dim * sizeof(typename Format::Number);
+    Panel panels[kPanels];
+    int64_t num_panels = 0;
+    for (int64_t row = 0; row < tile.rows; row += lanes, ++num_panels) {
+        Panel& panel = panels[num_panels];
+        panel = {scratch, scratch + panel_floats, scratch + 2 * panel_floats, scratch + 2 * panel_floats + lanes,
+                 tile.position + row};
+        scratch += 2 * panel_floats + 2 * lanes;
+        begin<VECS>(panel, args, args.q + start + num_panels * row_step, tile.rows - row < lanes ? tile.rows - row : lanes);
+    }
+    float* keys = scratch;
+    float* values = keys + kKeyTile * row_floats(args.head_dim);
+    float* weights = values + kKeyTile * row_floats(args.head_dim);
+    for (int64_t first = tile.first_key; first < tile.end_key; first += kKeyTile) {
+        const int64_t count = tile.end_key - first < kKeyTile ? tile.end_key - first : kKeyTile;
+        Rows rows;
+        locate(args.keys, args, tile, head_bytes, first, count, rows);
+        widen_rows<Format>(rows, count, args.head_dim, keys);
+        locate(args.values, args, tile, head_bytes, first, count, rows);
+        widen_rows<Format>(rows, count, args.head_dim, values);
+        for (int64_t p = 0; p < num_panels; ++p) look<VECS, ROWS>(panels[p], args, keys, values, weights, first, count);
+    }
+    for (int64_t p = 0; p < num_panels; ++p) {
+        const int64_t row = p * lanes;
+        finish<VECS>(panels[p], args, args.out + start + p * row_step, tile.rows - row < lanes ? tile.rows - row : lanes);
+    }
+}
+
+// 4 x 3 (8 x 1) sums, 3 (1) vectors of queries and one broadcast number: what 16 registers hold.
+template <typename Format>
+void attend_as(const AttentionArgs& args, const AttentionTile& tile, float* scratch) {
+    if (tile.rows <= kLanes) {
+        attend_panels<Format, 1, 8>(args, tile, scratch);
+    } else {
+        attend_panels<Format, 3, 4>(args, tile, scratch);
+    }
+}
+
+void attend(const AttentionArgs& args, const AttentionTile& tile, float* scratch) {
+    switch (args.type) {
+        case KvType::float32: return attend_as<Float32>(args, tile, scratch);
+        case KvType::float16: return attend_as<Float16>(args, tile, scratch);
+        case KvType::bfloat16: return attend_as<BFloat16>(args, tile, scratch);
+    }
+}
+
+BLUEJAY_INLINE float sum_of(Vec v) {
+    float sum = 0;
+    for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
+    return sum;
+}
+
+BLUEJAY_INLINE void fetch(const char* row, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
+// scores[j] = q · key j, four keys at a time.
+template <typename Format>
+void score_keys(const float* q, const Rows& rows, const Rows& ahead, int64_t count, int64_t head_dim, float* scores) {
+    typedef typename Format::Number Number;
+    for (int64_t j = 0; j < count; j += 4) {
+        const Number* key[4];
+        for (int r = 0; r < 4; ++r) {
+            key[r] = reinterpret_cast<const Number*>(rows.at[j + r < count ? j + r : count - 1]);
+            fetch(ahead.at[j + r < count ? j + r : count - 1], head_dim * sizeof(Number));
+        }
+        Vec acc[4] = {};
+        float tail[4] = {};
+        int64_t i = 0;
+        for (; i + kLanes <= head_dim; i += kLanes) {
+            const Vec query = load(q + i);
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) acc[r] = multiply_add(query, Format::widen(key[r] + i), acc[r]);
+        }
+        for (; i < head_dim; ++i) {
+            for (int r = 0; r < 4; ++r) tail[r] += q[i] * Format::widen_one(key[r][i]);
+        }
+        for (int r = 0; r < 4; ++r) scores[j + r] = sum_of(acc[r]) + tail[r];
+    }
+}
+
+// mixed = mixed * factor + sum of weights[j] * value j, over COUNT values.
+template <typename Format, int COUNT>
+BLUEJAY_INLINE void mix(const float* weights, const char* const* rows, int64_t head_dim, float factor, float* mixed) {
+    typedef typename Format::Number Number;
+    const Number* value[COUNT];
+    for (int r = 0; r < COUNT; ++r) value[r] = reinterpret_cast<const Number*>(rows[r]);
+    int64_t i = 0;
+    for (; i + kLanes <= head_dim; i += kLanes) {
+        Vec sum = load(mixed + i) * factor;
+#pragma GCC unroll 4
+        for (int r = 0; r < COUNT; ++r) sum = multiply_add(splat(weights[r]), Format::widen(value[r] + i), sum);
+        store(mixed + i, sum);
+    }
+    for (; i < head_dim; ++i) {
+        float sum = mixed[i] * factor;
+        for (int r = 0; r < COUNT; ++r) sum += weights[r] * Format::widen_one(value[r][i]);
+        mixed[i] = sum;
+    }
+}
+
+// The same over any number of values, four at a time.
+template <typename Format>
+void mix_values(const float* weights, const Rows& rows, const Rows& ahead, int64_t num_ahead, int64_t count,
+                int64_t head_dim, float factor, float* mixed) {
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4, factor = 1) {
+        for (int64_t r = j; r < j + 4 && r < num_ahead; ++r) {
+            fetch(ahead.at[r], head_dim * sizeof(typename Format::Number));
+        }
+        mix<Format, 4>(weights + j, rows.at + j, head_dim, factor, mixed);
+    }
+    for (; j < count; ++j, factor = 1) mix<Format, 1>(weights + j, rows.at + j, head_dim, factor, mixed);
+}
+
+// One query is bound by memory: while keys are read, the values are fetched, and while these are read, the next keys.
+template <typename Format>
+void attend_one_as(const AttentionArgs& args, const AttentionTile& tile, float* mixed, float* largest, float* sum) {
+    constexpr int64_t step = 32;  // keys to a round: 16 KiB of keys and 16 KiB of values with 256 dims of 16 bits
+    const int64_t dim = args.head_dim, head_bytes = dim * sizeof(typename Format::Number);
+    const float* q = args.q + (tile.row * args.heads + tile.head) * dim;
+    float scores[step + kLanes] = {};
+    Rows keys, values;
+    *largest = -FLT_MAX, *sum = 0;
+    for (int64_t i = 0; i < dim; ++i) mixed[i] = 0;
+    int64_t count = tile.end_key - tile.first_key < step ? tile.end_key - tile.first_key : step;
+    locate(args.keys, args, tile, head_bytes, tile.first_key, count, keys);
+    for (int64_t first = tile.first_key; first < tile.end_key; first += step) {
+        locate(args.values, args, tile, head_bytes, first, count, values);
+        score_keys<Format>(q, keys, values, count, dim, scores);
+        float top = *largest;
+        for (int64_t j = 0; j < count; ++j) {
+            scores[j] *= args.scale;
+            top = scores[j] > top ? scores[j] : top;
+        }
+        for (int64_t j = 0; j < count; j += kLanes) store(scores + j, exp_negative(load(scores + j) - top));
+        const float factor = exp_negative(splat(*largest - top))[0];
+        float added = 0;
+        for (int64_t j = 0; j < count; ++j) added += scores[j];
+        *sum = *sum * factor + added, *largest = top;
+        const int64_t rest = tile.end_key - first - step, next = rest < 0 ? 0 : rest < step ? rest : step;
+        locate(args.keys, args, tile, head_bytes, first + step, next, keys);
+        mix_values<Format>(scores, values, keys, next, count, dim, factor, mixed);
+        count = next;
+    }
+}
+
+void attend_one(const AttentionArgs& args, const AttentionTile& tile, float* mixed, float* largest, float* sum) {
+    switch (args.type) {
+        case KvType::float32: return attend_one_as<Float32>(args, tile, mixed, largest, sum);
+        case KvType::float16: return attend_one_as<Float16>(args, tile, mixed, largest, sum);
+        case KvType::bfloat16: return attend_one_as<BFloat16>(args, tile, mixed, largest, sum);
+    }
+}
+
+template <typename Format>
+void store_as(const float* from, void* to, int64_t count) {
+    auto* numbers = static_cast<typename Format::Number*>(to);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) Format::narrow(numbers + i, load(from + i));
+    for (; i < count; ++i) numbers[i] = Format::narrow_one(from[i]);
+}
+
+void store_row(const float* from, void* to, KvType type, int64_t count) {
+    switch (type) {
+        case KvType::float32: return store_as<Float32>(from, to, count);
+        case KvType::float16: return store_as<Float16>(from, to, count);
+        case KvType::bfloat16: return store_as<BFloat16>(from, to, count);
+    }
+}
+
+}  // namespace
+}  // namespace bluejay
