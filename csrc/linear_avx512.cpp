@@ -1,0 +1,79 @@
+// Linear kernels for AVX-512 with VNNI: one multiply-add for 16 outputs x 4 inputs, summed in 32 bits at once.
+#include <immintrin.h>
+
+#include "linear.h"
+
+namespace bluejay {
+namespace {
+
+enum class Kind { int8, int4, int4_packed };
+
+inline __m512i load(const void* from) { return _mm512_loadu_si512(from); }
+
+// Two sums for each row, for even and odd quads: one alone would wait for itself.
+template <int ROWS>
+inline void add_pair(__m512i (&acc)[ROWS][2], __m512i even, __m512i odd, const int32_t* x) {
+#pragma GCC unroll 4
+    for (int m = 0; m < ROWS; ++m) {
+        acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], even, _mm512_set1_epi32(x[m]));
+        acc[m][1] = _mm512_dpbusd_epi32(acc[m][1], odd, _mm512_set1_epi32(x[ROWS + m]));
+    }
+}
+
+template <int ROWS, Kind KIND>
+inline void add_group(__m512i (&acc)[ROWS][2], const uint8_t* weight, const int32_t* x, const int32_t* start) {
+#pragma GCC unroll 4
+    for (int m = 0; m < ROWS; ++m) {
+        // int4 keeps its start in two halves of 16 bits: other instruction sets sum in those.
+        const int32_t whole = KIND == Kind::int8 ? start[m] : static_cast<int16_t>(start[m]) + static_cast<int16_t>(start[m] >> 16);
+        acc[m][0] = _mm512_set1_epi32(whole);
+        acc[m][1] = _mm512_setzero_si512();
+    }
+    const __m512i half = _mm512_set1_epi8(15);
+#pragma GCC unroll 4
+    for (int pair = 0; pair < kGroupQuads / 2; ++pair, x += 2 * ROWS) {
+        if constexpr (KIND == Kind::int4_packed) {
+            const __m512i both = load(weight + 64 * pair);
+            add_pair<ROWS>(acc, _mm512_and_si512(both, half), _mm512_and_si512(_mm512_srli_epi16(both, 4), half), x);
+        } else {
+            add_pair<ROWS>(acc, load(weight + 128 * pair), load(weight + 128 * pair + 64), x);
+        }
+    }
+}
+
+template <int ROWS, Kind KIND>
+void tile(const uint8_t* weight, const Digits& digits, const float* scales, int64_t groups, float* sums,
+          const uint8_t* ahead, int ahead_lines) {
+    constexpr int kBytes = kTileOutputs * kGroup / (KIND == Kind::int4_packed ? 2 : 1);
+    for (int64_t g = 0; g < groups; ++g, weight += kBytes, scales += kTileOutputs) {
+        for (int line = 0; line < ahead_lines; ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+        __m512i acc[ROWS][2];
+        add_group<ROWS, KIND>(acc, weight, digits.low + g * kGroupQuads * ROWS, digits.low_start + g * ROWS);
+        if (KIND == Kind::int8 && digits.wide[g]) {
+            __m512i high[ROWS][2];
+            add_group<ROWS, Kind::int8>(high, weight, digits.high + g * kGroupQuads * ROWS, digits.high_start + g * ROWS);
+            for (int m = 0; m < ROWS; ++m)
+                for (int n = 0; n < 2; ++n) acc[m][n] = _mm512_add_epi32(acc[m][n], _mm512_slli_epi32(high[m][n], 7));
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < ROWS; ++m) {
+            const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(digits.scale[g * ROWS + m]), _mm512_loadu_ps(scales));
+            const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(acc[m][0], acc[m][1]));
+            float* total = sums + m * kTileOutputs;
+            _mm512_storeu_ps(total, _mm512_fmadd_ps(sum, scale, _mm512_loadu_ps(total)));
+        }
+    }
+}
+
+}  // namespace
+
+// What happens once for a block or a row is AVX2's, which every such processor has.
+#define BLUEJAY_TILES(KIND) {tile<1, KIND>, tile<2, KIND>, tile<3, KIND>, tile<4, KIND>}
+const LinearKernels linear_avx512 = {avx2_quantize_row,
+                                     avx2_widen_scales,
+                                     avx2_unpack_int4,
+                                     BLUEJAY_TILES(Kind::int8),
+                                     BLUEJAY_TILES(Kind::int4),
+                                     BLUEJAY_TILES(Kind::int4_packed)};
+
+}  // namespace bluejay
