@@ -69,8 +69,8 @@ def test_sentences_say_what_the_figures_mean() -> None:
     speed, memory = report.sentences(report.figures(SUBJECT, WORKLOAD, TIMINGS))
     assert speed == "Decodes 22.86 tokens/s, 175.0 ms a step for 4 rows; reads prompts at 80.0 tokens/s."
     assert memory == (
-        "A step reads 3.30 GB of weights at 18.9 GB/s: 0.90 of this machine's 21.0 GB/s, read by 2 threads that "
-        "compute nothing."
+        "A step reads 3.30 GB of weights at 18.9 GB/s: 0.90 of the 21.0 GB/s that plain reading reaches "
+        "here with 2 threads."
     )
 
 

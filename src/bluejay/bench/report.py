@@ -83,8 +83,8 @@ def sentences(found: dict[str, str | int | float | None]) -> list[str]:
     rows = f"{f['batch_size']} rows" if f["batch_size"] > 1 else "one row"
     reads = (
         f"A step reads {_gb(f['weight_bytes_per_step'])} of weights at {f['achieved_gb_per_s']:.1f} GB/s: "
-        f"{f['bandwidth_ratio']:.2f} of this machine's {f['read_bandwidth_gb_per_s']:.1f} GB/s, read by "
-        f"{_threads(int(f['threads']))} that compute nothing."
+        f"{f['bandwidth_ratio']:.2f} of the {f['read_bandwidth_gb_per_s']:.1f} GB/s that plain reading reaches "
+        f"here with {_threads(int(f['threads']))}."
     )
     if f["bandwidth_ratio"] > 1:
         reads += " More than all of it: the weights come out of caches, or the machine's speed changed meanwhile."
