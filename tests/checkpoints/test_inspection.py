@@ -28,7 +28,7 @@ def test_a_sound_checkpoint_is_described(folder, tiny_gptj):
     assert found.config.model_type == "gptj"
     assert found.num_parameters == num_parameters
     assert found.num_bytes == 2 * num_parameters
-    assert found.dtypes == {torch.bfloat16: num_parameters}
+    assert found.dtypes == {"bfloat16": num_parameters}
     assert found.tensors["lm_head.bias"].shape == (300,)
     assert found.tokenizer_files == ("tokenizer.json",)
     assert found.num_tokens == 257

@@ -15,8 +15,9 @@ from bluejay.checkpoints.formats import Checkpoint, TensorInfo, key_problems, op
 from bluejay.checkpoints.hf import CONFIG
 from bluejay.checkpoints.keymaps import TOKENIZER_FILES
 from bluejay.checkpoints.mesh_jax import read_config
-from bluejay.errors import BluejayError
+from bluejay.errors import BluejayError, ConfigError
 from bluejay.model import ModelConfig
+from bluejay.model.quantized import SCALES, WEIGHT, Quantization, linear_shapes
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,17 @@ class Inspection:
     problems: tuple[str, ...] = ()
 
     @property
+    def quantization(self) -> Quantization | None:
+        """How the layers that have scales are kept; None for floats, and for a config that will not do."""
+        try:
+            return None if self.config is None else Quantization.of(self.config)
+        except ConfigError:
+            return None
+
+    @property
     def num_parameters(self) -> int:
-        """Numbers in all weights: 6,050,882,784 for GPT-J-6B."""
-        return sum(math.prod(info.shape) for info in self.tensors.values())
+        """Numbers in all weights: 6,050,882,784 for GPT-J-6B; of quantised ones what the integers stand for."""
+        return sum(self.dtypes.values())
 
     @property
     def num_bytes(self) -> int:
@@ -54,11 +63,17 @@ class Inspection:
         return sum(info.num_bytes for info in self.tensors.values())
 
     @property
-    def dtypes(self) -> dict[torch.dtype, int]:
-        """How many parameters there are of each dtype."""
-        counts: Counter[torch.dtype] = Counter()
-        for info in self.tensors.values():
-            counts[info.dtype] += math.prod(info.shape)
+    def dtypes(self) -> dict[str, int]:
+        """How many parameters there are of each dtype: "float32", "bfloat16" …, or "int8" and "int4" of packed ones."""
+        counts: Counter[str] = Counter()
+        shapes: dict[str, tuple[int, int]] = {}
+        if self.quantization is not None and self.config is not None and not self.problems:
+            shapes = {name + WEIGHT: shape for name, shape in linear_shapes(self.config).items()}
+        for name, info in self.tensors.items():
+            if self.quantization is not None and info.dtype == torch.uint8 and name in shapes:
+                counts[self.quantization.name] += math.prod(shapes[name])
+            elif not (name.endswith(SCALES) and shapes):
+                counts[str(info.dtype).removeprefix("torch.")] += math.prod(info.shape)
         return dict(counts)
 
 

@@ -69,7 +69,7 @@ def _as_json(found: Inspection) -> dict[str, Any]:
         "config": None if found.config is None else found.config.to_dict(),
         "num_parameters": found.num_parameters,
         "num_bytes": found.num_bytes,
-        "dtypes": {_name(dtype): count for dtype, count in found.dtypes.items()},
+        "dtypes": found.dtypes,
         "tokenizer_files": list(found.tokenizer_files),
         "num_tokens": found.num_tokens,
         "num_token_ids": found.num_token_ids,
@@ -99,8 +99,10 @@ def _report(found: Inspection) -> list[RenderableType]:
             f"MLP {config.inner_dim:,}, context {config.n_positions:,}, vocabulary {config.vocab_size:,}",
         )
     if found.tensors:
+        quantization = found.quantization
+        groups = "" if quantization is None else f", {quantization.group_size} weights share a scale"
         facts.add_row("parameters", f"{found.num_parameters:,}")
-        facts.add_row("weights", f"{decimal(found.num_bytes)}, {', '.join(map(_name, found.dtypes))}")
+        facts.add_row("weights", f"{decimal(found.num_bytes)}, {', '.join(found.dtypes)}{groups}")
     tokens = "" if found.num_tokens is None else f"{found.num_tokens:,} tokens, "
     if found.num_token_ids not in (None, found.num_tokens):
         tokens += f"ids below {found.num_token_ids:,}, "
