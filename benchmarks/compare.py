@@ -1,0 +1,104 @@
+"""Run Bluejay and its rivals side by side: `python -m benchmarks.compare` (or `make benchmarks`).
+
+Contests, each alternating in one run: `models` (quantised GPT-J), `floats` (the rivals that have no quantised one, or
+have it in floats as well), `matrix` (one product). Each writes docs/benchmarks/cpu-rivals-CONTEST.json, and the page
+and the chart are drawn anew out of all three. See benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from benchmarks import report
+from benchmarks.contest import ROOT, Entry, Task, run
+from benchmarks.machine import describe
+
+BLUEJAY = ".venv/bin/python"
+CTRANSLATE2 = ".venvs/rivals-ctranslate2/bin/python"
+OPENVINO = ".venvs/rivals-openvino/bin/python"
+TRANSFORMERS = ".venvs/oracle/bin/python"
+
+PROMPT, STEPS = 32, 16
+LAYERS = 4
+MODEL_TASKS = [
+    *(
+        Task(f"decode, batch {batch}", "decode", {"batch": batch, "prompt": PROMPT, "steps": STEPS})
+        for batch in (1, 8, 16)
+    ),
+    Task("prefill, 512 tokens", "prefill", {"tokens": 512}),
+]
+MATRIX_TASKS = [Task(f"M={rows}", "multiply", {"rows": rows}) for rows in (1, 4, 8, 16, 32, 128, 512)]
+
+
+def entries(contest: str, threads: int) -> list[Entry]:
+    """Who takes part in a contest; those of one contest are in memory together."""
+
+    def model(name: str, python: str, module: str, variant: str) -> Entry:
+        return Entry(name, python, module, {"variant": variant, "n_layer": LAYERS, "threads": threads})
+
+    def matrix(name: str, python: str, module: str, variant: str) -> Entry:
+        return Entry(name, python, module, {"variant": variant, "threads": threads})
+
+    bluejay = [model(f"Bluejay {kind}", BLUEJAY, "bluejay_model", kind) for kind in ("int8", "int4")]
+    return {
+        "models": [
+            *bluejay,
+            model("CTranslate2 int8", CTRANSLATE2, "ctranslate2_model", "int8"),
+            model("OpenVINO int8", OPENVINO, "openvino_model", "int8"),
+            model("OpenVINO int4", OPENVINO, "openvino_model", "int4"),
+        ],
+        "floats": [
+            *bluejay,
+            model("CTranslate2 float32", CTRANSLATE2, "ctranslate2_model", "float32"),
+            model("transformers float32", TRANSFORMERS, "transformers_model", "float32"),
+            model("transformers bfloat16", TRANSFORMERS, "transformers_model", "bfloat16"),
+        ],
+        "matrix": [
+            matrix("Bluejay int8", BLUEJAY, "bluejay_matrix", "int8"),
+            matrix("Bluejay int4", BLUEJAY, "bluejay_matrix", "int4"),
+            matrix("OpenVINO int8", OPENVINO, "openvino_matrix", "int8"),
+            matrix("OpenVINO int4", OPENVINO, "openvino_matrix", "int4"),
+            matrix("PyTorch int8pack", BLUEJAY, "torch_matrix", "int8pack"),
+            matrix("PyTorch int4pack", BLUEJAY, "torch_matrix", "int4pack"),
+            matrix("PyTorch int8 dynamic", BLUEJAY, "torch_matrix", "int8dynamic"),
+            matrix("PyTorch bfloat16", BLUEJAY, "torch_matrix", "bfloat16"),
+            matrix("PyTorch float32", BLUEJAY, "torch_matrix", "float32"),
+        ],
+    }[contest]
+
+
+def main() -> None:
+    """Run the contests that the command line names, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("contests", nargs="*", choices=report.CONTESTS, default=report.CONTESTS)
+    parser.add_argument("--rounds", type=int, default=5, help="readings of each contestant and task (default: 5)")
+    parser.add_argument("--threads", type=int, default=2, help="of each contestant (default: 2)")
+    parser.add_argument("--only", help="contestants whose names contain this, or these, parted by commas")
+    parser.add_argument("--tasks", help="tasks whose names contain this, or these, parted by commas")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", help="where results are written")
+    asked = parser.parse_args()
+    for contest in asked.contests:
+        command = f"python -m benchmarks.compare {contest} --rounds {asked.rounds} --threads {asked.threads}"
+        command += "".join(f' --{key} "{value}"' for key in ("only", "tasks") if (value := getattr(asked, key)))
+        among = [entry for entry in entries(contest, asked.threads) if _matches(entry.name, asked.only)]
+        tasks = [
+            task for task in (MATRIX_TASKS if contest == "matrix" else MODEL_TASKS) if _matches(task.name, asked.tasks)
+        ]
+        found = {
+            "command": command,
+            **describe(),
+            "contestants": run(among, tasks, asked.rounds, ROOT / "runs/benchmarks"),
+        }
+        asked.out.mkdir(parents=True, exist_ok=True)
+        (asked.out / f"cpu-rivals-{contest}.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    report.write(asked.out)
+
+
+def _matches(name: str, wanted: str | None) -> bool:
+    return wanted is None or any(part.strip() in name for part in wanted.split(","))
+
+
+if __name__ == "__main__":
+    main()

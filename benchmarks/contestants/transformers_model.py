@@ -1,0 +1,76 @@
+"""transformers runs GPT-J's shapes: its GPTJForCausalLM with random weights, `generate`, greedy.
+
+Runs in the environment of the parity tests, .venvs/oracle. A step is the difference of two lengths.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import transformers
+from benchmarks.contestants.protocol import Answer, arguments, serve
+from benchmarks.shape import Shape
+from transformers import GPTJConfig, GPTJForCausalLM
+
+
+class Contestant:
+    """A model of one variant, "float32" or "bfloat16"."""
+
+    def __init__(self, variant: str, n_layer: int, threads: int) -> None:
+        self.dtype: torch.dtype = getattr(torch, variant)
+        self.threads = threads
+        self.shape = Shape(n_layer=n_layer)
+
+    def prepare(self) -> Answer:
+        torch.set_num_threads(self.threads)
+        config = GPTJConfig(**vars(self.shape), attn_implementation="eager")  # the only one that GPT-J has
+        with torch.device("meta"):
+            model = GPTJForCausalLM(config).to(self.dtype)
+        self.model = model.to_empty(device="cpu").eval()
+        for name, weight in self.model.named_parameters():
+            if weight.dim() == 2:
+                torch.nn.init.normal_(weight, std=0.02)
+            else:
+                torch.nn.init.constant_(weight, 1 if ".ln_" in name and name.endswith("weight") else 0)
+        self._fill_buffers()
+        self._generate(batch=1, prompt=8, new=2)
+        return {"version": transformers.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+    def _fill_buffers(self) -> None:
+        """The sines of the positions: `to_empty` has forgotten them."""
+        from transformers.models.gptj.modeling_gptj import create_sinusoidal_positions
+
+        for block in self.model.transformer.h:
+            table = create_sinusoidal_positions(self.shape.n_positions, self.shape.rotary_dim)
+            block.attn.embed_positions = table.to(self.dtype)
+
+    def decode(self, batch: int, prompt: int, steps: int) -> Answer:
+        short = self._generate(batch, prompt, 1)
+        return {"seconds": (self._generate(batch, prompt, 1 + steps) - short) / steps}
+
+    def prefill(self, tokens: int) -> Answer:
+        return {"seconds": self._generate(1, tokens, 1)}
+
+    @torch.inference_mode()
+    def _generate(self, batch: int, prompt: int, new: int) -> float:
+        """Seconds for `new` tokens behind each of `batch` random prompts; no end token is set."""
+        ids = torch.randint(self.shape.vocab_size, (batch, prompt))
+        start = time.perf_counter()
+        out = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=new,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        seconds = time.perf_counter() - start
+        if out.shape != (batch, prompt + new):
+            raise RuntimeError(f"asked for {new} tokens, got {tuple(out.shape)}")
+        return seconds
+
+
+if __name__ == "__main__":
+    contestant = Contestant(**arguments())
+    serve({"prepare": contestant.prepare, "decode": contestant.decode, "prefill": contestant.prefill})
