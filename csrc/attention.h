@@ -61,26 +61,30 @@ constexpr int64_t kSplitKeys = 512;  // for one query: enough work for a thread,
 constexpr int64_t kKeyTile = 64;     // keys whose scores are held at once: with 256 dims, 64 KiB each of keys and values
 constexpr int64_t kPanels = 4;       // panels of queries that share what was read of the cache
 
-// Some queries of one head of one sequence, and the keys to look at.
+// Some queries of one sequence and one head (one query: some heads), and the keys to look at.
 struct AttentionTile {
     int64_t sequence;
-    int64_t head;
     int64_t row;                  // of q, the first query's
     int64_t rows;
     int64_t position;             // the first query's
+    int64_t head;                 // the first
+    int64_t heads;
     int64_t first_key;
     int64_t end_key;
-    int64_t partial;              // where one query's split leaves its result; -1: it is the only one, straight to out
+    int64_t partial;              // where a split leaves its states; -1: it is the only one
 };
 
 // What one instruction set has to offer. Scratch: scratch_floats(lanes, head_dim), aligned to 64 bytes.
 struct AttentionKernels {
     int64_t lanes;                // queries in a panel: a tile has at most kPanels * lanes rows
     void (*attend)(const AttentionArgs& args, const AttentionTile& tile, float* scratch);
-    // One query: `mixed` [head_dim] gets sum(exp(score - largest) * value); returns the largest score and sum(exp(…)).
-    void (*attend_one)(const AttentionArgs& args, const AttentionTile& tile, float* mixed, float* largest, float* sum);
+    // One query. For each head a state, state_floats(head_dim): [head_dim] sum(exp(score - largest) * value), then the
+    // largest score, then sum(exp(score - largest)).
+    void (*attend_one)(const AttentionArgs& args, const AttentionTile& tile, float* states);
     void (*store)(const float* from, void* to, KvType type, int64_t count);
 };
+
+constexpr int64_t state_floats(int64_t head_dim) { return head_dim + 2; }
 
 constexpr int64_t padded_dim(int64_t head_dim) { return (head_dim + 7) / 8 * 8; }
 

@@ -352,44 +352,65 @@ void attend(const AttentionArgs& args, const AttentionTile& tile, float* scratch
     }
 }
 
-BLUEJAY_INLINE float sum_of(Vec v) {
-    float sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
-    return sum;
+// to[r] = sum of the lanes of acc[r]
+BLUEJAY_INLINE void sum_lanes(const Vec (&acc)[4], float* to) {
+#if BLUEJAY_VECTOR_BYTES > 16
+    __m128 quarter[4];
+    for (int r = 0; r < 4; ++r) {
+        __m128 parts[kLanes / 4];
+        memcpy(parts, &acc[r], sizeof(parts));
+        quarter[r] = parts[0];
+        for (int i = 1; i < kLanes / 4; ++i) quarter[r] = quarter[r] + parts[i];
+    }
+    const __m128 low = _mm_hadd_ps(quarter[0], quarter[1]), high = _mm_hadd_ps(quarter[2], quarter[3]);
+    _mm_storeu_ps(to, _mm_hadd_ps(low, high));
+#else
+    for (int r = 0; r < 4; ++r) {
+        to[r] = 0;
+        for (int lane = 0; lane < kLanes; ++lane) to[r] += acc[r][lane];
+    }
+#endif
 }
 
-BLUEJAY_INLINE void fetch(const char* row, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+// Fetch the cache line that begins at byte `at` of a row, if one does.
+BLUEJAY_INLINE void fetch(const char* row, int64_t at) {
+    if (at % 64 == 0) __builtin_prefetch(row + at, 0, 2);
 }
 
-// scores[j] = q · key j, four keys at a time.
+// scores[j] = q · key j, four keys at a time. `ahead` are rows that will be read next.
 template <typename Format>
-void score_keys(const float* q, const Rows& rows, const Rows& ahead, int64_t count, int64_t head_dim, float* scores) {
+BLUEJAY_INLINE void score_keys(const float* q, const Rows& rows, const Rows& ahead, int64_t count, int64_t head_dim,
+                               float* scores) {
     typedef typename Format::Number Number;
     for (int64_t j = 0; j < count; j += 4) {
         const Number* key[4];
+        const char* next[4];
         for (int r = 0; r < 4; ++r) {
-            key[r] = reinterpret_cast<const Number*>(rows.at[j + r < count ? j + r : count - 1]);
-            fetch(ahead.at[j + r < count ? j + r : count - 1], head_dim * sizeof(Number));
+            const int64_t row = j + r < count ? j + r : count - 1;
+            key[r] = reinterpret_cast<const Number*>(rows.at[row]);
+            next[r] = ahead.at[row];
         }
         Vec acc[4] = {};
-        float tail[4] = {};
         int64_t i = 0;
         for (; i + kLanes <= head_dim; i += kLanes) {
             const Vec query = load(q + i);
 #pragma GCC unroll 4
-            for (int r = 0; r < 4; ++r) acc[r] = multiply_add(query, Format::widen(key[r] + i), acc[r]);
+            for (int r = 0; r < 4; ++r) {
+                acc[r] = multiply_add(query, Format::widen(key[r] + i), acc[r]);
+                fetch(next[r], i * sizeof(Number));
+            }
         }
+        sum_lanes(acc, scores + j);
         for (; i < head_dim; ++i) {
-            for (int r = 0; r < 4; ++r) tail[r] += q[i] * Format::widen_one(key[r][i]);
+            for (int r = 0; r < 4; ++r) scores[j + r] += q[i] * Format::widen_one(key[r][i]);
         }
-        for (int r = 0; r < 4; ++r) scores[j + r] = sum_of(acc[r]) + tail[r];
     }
 }
 
 // mixed = mixed * factor + sum of weights[j] * value j, over COUNT values.
 template <typename Format, int COUNT>
-BLUEJAY_INLINE void mix(const float* weights, const char* const* rows, int64_t head_dim, float factor, float* mixed) {
+BLUEJAY_INLINE void mix(const float* weights, const char* const* rows, const char* const* ahead, int64_t head_dim,
+                        float factor, float* mixed) {
     typedef typename Format::Number Number;
     const Number* value[COUNT];
     for (int r = 0; r < COUNT; ++r) value[r] = reinterpret_cast<const Number*>(rows[r]);
@@ -397,7 +418,10 @@ BLUEJAY_INLINE void mix(const float* weights, const char* const* rows, int64_t h
     for (; i + kLanes <= head_dim; i += kLanes) {
         Vec sum = load(mixed + i) * factor;
 #pragma GCC unroll 4
-        for (int r = 0; r < COUNT; ++r) sum = multiply_add(splat(weights[r]), Format::widen(value[r] + i), sum);
+        for (int r = 0; r < COUNT; ++r) {
+            sum = multiply_add(splat(weights[r]), Format::widen(value[r] + i), sum);
+            fetch(ahead[r], i * sizeof(Number));
+        }
         store(mixed + i, sum);
     }
     for (; i < head_dim; ++i) {
@@ -409,55 +433,70 @@ BLUEJAY_INLINE void mix(const float* weights, const char* const* rows, int64_t h
 
 // The same over any number of values, four at a time.
 template <typename Format>
-void mix_values(const float* weights, const Rows& rows, const Rows& ahead, int64_t num_ahead, int64_t count,
-                int64_t head_dim, float factor, float* mixed) {
+BLUEJAY_INLINE void mix_values(const float* weights, const Rows& rows, const Rows& ahead, int64_t count,
+                               int64_t head_dim, float factor, float* mixed) {
     int64_t j = 0;
     for (; j + 4 <= count; j += 4, factor = 1) {
-        for (int64_t r = j; r < j + 4 && r < num_ahead; ++r) {
-            fetch(ahead.at[r], head_dim * sizeof(typename Format::Number));
-        }
-        mix<Format, 4>(weights + j, rows.at + j, head_dim, factor, mixed);
+        mix<Format, 4>(weights + j, rows.at + j, ahead.at + j, head_dim, factor, mixed);
     }
-    for (; j < count; ++j, factor = 1) mix<Format, 1>(weights + j, rows.at + j, head_dim, factor, mixed);
+    for (; j < count; ++j, factor = 1) mix<Format, 1>(weights + j, rows.at + j, ahead.at + j, head_dim, factor, mixed);
+}
+
+// Join `count` scores, already in `scores`, and their values to what is known of one head.
+template <typename Format>
+BLUEJAY_INLINE void join_values(float* scores, const AttentionArgs& args, const Rows& values, const Rows& ahead,
+                                int64_t count, float* state) {
+    float* largest = state + args.head_dim;
+    float* sum = largest + 1;
+    float top = *largest;
+    for (int64_t j = 0; j < count; ++j) {
+        scores[j] *= args.scale;
+        top = scores[j] > top ? scores[j] : top;
+    }
+    for (int64_t j = 0; j < count; j += kLanes) store(scores + j, exp_negative(load(scores + j) - top));
+    const float factor = exp_negative(splat(*largest - top))[0];
+    float added = 0;
+    for (int64_t j = 0; j < count; ++j) added += scores[j];
+    *sum = *sum * factor + added;
+    *largest = top;
+    mix_values<Format>(scores, values, ahead, count, args.head_dim, factor, state);
 }
 
 // One query is bound by memory: while keys are read, the values are fetched, and while these are read, the next keys.
+// Heads take turns within a round, as pages are larger than a head's row: else each row costs a search for its page.
 template <typename Format>
-void attend_one_as(const AttentionArgs& args, const AttentionTile& tile, float* mixed, float* largest, float* sum) {
-    constexpr int64_t step = 32;  // keys to a round: 16 KiB of keys and 16 KiB of values with 256 dims of 16 bits
+void attend_one_as(const AttentionArgs& args, const AttentionTile& tile, float* states) {
+    constexpr int64_t round = 32;  // keys: 16 KiB of keys and 16 KiB of values with 256 dims of 16 bits
     const int64_t dim = args.head_dim, head_bytes = dim * sizeof(typename Format::Number);
     const float* q = args.q + (tile.row * args.heads + tile.head) * dim;
-    float scores[step + kLanes] = {};
+    float scores[round + kLanes] = {};
     Rows keys, values;
-    *largest = -FLT_MAX, *sum = 0;
-    for (int64_t i = 0; i < dim; ++i) mixed[i] = 0;
-    int64_t count = tile.end_key - tile.first_key < step ? tile.end_key - tile.first_key : step;
+    memset(states, 0, tile.heads * (dim + 2) * sizeof(float));
+    for (int64_t h = 0; h < tile.heads; ++h) states[h * (dim + 2) + dim] = -FLT_MAX;
+    int64_t count = tile.end_key - tile.first_key < round ? tile.end_key - tile.first_key : round;
     locate(args.keys, args, tile, head_bytes, tile.first_key, count, keys);
-    for (int64_t first = tile.first_key; first < tile.end_key; first += step) {
+    for (int64_t first = tile.first_key; first < tile.end_key; first += round) {
         locate(args.values, args, tile, head_bytes, first, count, values);
-        score_keys<Format>(q, keys, values, count, dim, scores);
-        float top = *largest;
-        for (int64_t j = 0; j < count; ++j) {
-            scores[j] *= args.scale;
-            top = scores[j] > top ? scores[j] : top;
+        const int64_t rest = tile.end_key - first - round, next = rest < 0 ? 0 : rest < round ? rest : round;
+        for (int64_t h = 0; h < tile.heads; ++h) {
+            score_keys<Format>(q + h * dim, keys, values, count, dim, scores);
+            if (h + 1 < tile.heads) {
+                for (int64_t j = 0; j < count; ++j) keys.at[j] += head_bytes;
+            } else {
+                locate(args.keys, args, tile, head_bytes, first + round, next, keys);
+            }
+            join_values<Format>(scores, args, values, keys, count, states + h * (dim + 2));
+            for (int64_t j = 0; j < count; ++j) values.at[j] += head_bytes;
         }
-        for (int64_t j = 0; j < count; j += kLanes) store(scores + j, exp_negative(load(scores + j) - top));
-        const float factor = exp_negative(splat(*largest - top))[0];
-        float added = 0;
-        for (int64_t j = 0; j < count; ++j) added += scores[j];
-        *sum = *sum * factor + added, *largest = top;
-        const int64_t rest = tile.end_key - first - step, next = rest < 0 ? 0 : rest < step ? rest : step;
-        locate(args.keys, args, tile, head_bytes, first + step, next, keys);
-        mix_values<Format>(scores, values, keys, next, count, dim, factor, mixed);
         count = next;
     }
 }
 
-void attend_one(const AttentionArgs& args, const AttentionTile& tile, float* mixed, float* largest, float* sum) {
+void attend_one(const AttentionArgs& args, const AttentionTile& tile, float* states) {
     switch (args.type) {
-        case KvType::float32: return attend_one_as<Float32>(args, tile, mixed, largest, sum);
-        case KvType::float16: return attend_one_as<Float16>(args, tile, mixed, largest, sum);
-        case KvType::bfloat16: return attend_one_as<BFloat16>(args, tile, mixed, largest, sum);
+        case KvType::float32: return attend_one_as<Float32>(args, tile, states);
+        case KvType::float16: return attend_one_as<Float16>(args, tile, states);
+        case KvType::bfloat16: return attend_one_as<BFloat16>(args, tile, states);
     }
 }
 
