@@ -6,7 +6,7 @@ ORACLE := .venvs/oracle
 # pip checks for its own updates and keeps notices on stderr: neither belongs into a first run.
 PIP := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test test-slow check default-model format clean
+.PHONY: demo kernels test test-sanitizers test-slow check default-model format clean
 .DEFAULT_GOAL := demo
 
 ## demo: install, then write a story with the default model
@@ -15,13 +15,21 @@ demo: $(VENV)/.installed
 	@echo
 	@echo 'Your turn: $(BIN)/bluejay generate "One day a fox"        More: $(BIN)/bluejay --help'
 
+## kernels: compile csrc/ again, as far as it changed; without a compiler the reference goes on serving
+kernels: $(VENV)/.tested
+	@tools/build-kernels $(BIN)/python
+
 ## test: everything that decides, in under 20 minutes on two cores
-test: check $(ORACLE)/.installed
+test: check kernels $(ORACLE)/.installed
 	BLUEJAY_REQUIRE_ORACLE=1 $(BIN)/python -m pytest -m "not slow"
 
 ## test-slow: long and large tests
-test-slow: $(VENV)/.tested $(ORACLE)/.installed
+test-slow: kernels $(ORACLE)/.installed
 	BLUEJAY_REQUIRE_ORACLE=1 $(BIN)/python -m pytest -m slow
+
+## test-sanitizers: the kernels' tests, with AddressSanitizer and UndefinedBehaviorSanitizer; `make test` does it as well
+test-sanitizers: kernels
+	$(BIN)/python -m pytest tests/ops/test_sanitizers.py
 
 ## check: style, types, import order
 check: $(VENV)/.tested
@@ -55,7 +63,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.tested: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing Bluejay with its test tools into $(VENV) …"
-	@$(BIN)/python $(PIP) --constraint constraints.txt --editable '.[test]'
+	@$(BIN)/python $(PIP) --constraint constraints.txt --config-settings wheel.cmake=false --editable '.[test]'
 	@touch $@ $(VENV)/.installed
 
 $(ORACLE)/.installed: tests/parity/requirements.txt | $(BIN)/python
@@ -65,4 +73,4 @@ $(ORACLE)/.installed: tests/parity/requirements.txt | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venvs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venvs build dist src/bluejay/ops/_native*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

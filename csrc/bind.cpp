@@ -45,13 +45,7 @@ NB_MODULE(_native, m) {
     m.def("set_active", &choose, "name"_a);
     m.def("num_threads", &num_threads);
     m.def("set_num_threads", &set_num_threads, "count"_a, "spin"_a = true, nb::call_guard<nb::gil_scoped_release>());
-#ifdef HAVE_LINEAR
     bind_linear(m);
-#endif
-#ifdef HAVE_ATTENTION
     bind_attention(m);
-#endif
-#ifdef HAVE_BANDWIDTH
     bind_bandwidth(m);
-#endif
 }

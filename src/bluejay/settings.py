@@ -32,7 +32,7 @@ class Settings:
         model: path, hub name, or "default" for the model in the package.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         dtype: "auto", "float32", "bfloat16", "float16"; "int8" and "int4" on the CPU.
-        threads: CPU threads; 0 leaves the choice to PyTorch.
+        threads: CPU threads; 0 is as many as the machine, or the container's share of it, is good for.
     """
 
     model: str = "default"
@@ -49,22 +49,34 @@ def load_settings(flags: Mapping[str, Any] | None = None, environ: Mapping[str, 
         environ: the environment, os.environ where None.
     Raises: ConfigError with every wrong or unknown setting at once, and where it came from.
     """
+    return Settings(**{name: value for name, (value, _) in explain_settings(flags, environ).items()})
+
+
+def explain_settings(
+    flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+) -> dict[str, tuple[Any, str]]:
+    """Each setting's value and where it comes from: a flag, a variable, the file's path or "default".
+
+    Args and Raises: as `load_settings`.
+    """
     environ = os.environ if environ is None else environ
-    known = {f.name for f in fields(Settings)}
-    path = _config_path(environ)
+    known = {f.name: (f.default, "default") for f in fields(Settings)}
+    path = settings_file(environ)
     values: dict[str, tuple[Any, str]] = {key: (value, str(path)) for key, value in _read(path, environ).items()}
     for name in known:
         if text := environ.get(f"BLUEJAY_{name.upper()}"):
             values[name] = (text, f"BLUEJAY_{name.upper()}")
     values |= {key: (value, f"--{key}") for key, value in (flags or {}).items() if value is not None}
     problems = [f"{source}: unknown setting {key}" for key, (_, source) in values.items() if key not in known]
-    checked = {key: _checked(key, *values[key], problems) for key in known if key in values}
+    checked = {key: (_checked(key, *values[key], problems), values[key][1]) for key in known if key in values}
     if problems:
         raise ConfigError("; ".join(problems))
-    return Settings(**checked)
+    return known | checked
 
 
-def _config_path(environ: Mapping[str, str]) -> Path:
+def settings_file(environ: Mapping[str, str] | None = None) -> Path:
+    """Where the settings file is looked for; it need not be there."""
+    environ = os.environ if environ is None else environ
     if explicit := environ.get("BLUEJAY_CONFIG"):
         return Path(explicit)
     return Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "bluejay" / "config.toml"

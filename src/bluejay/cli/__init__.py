@@ -15,6 +15,7 @@ from bluejay import __version__
 from bluejay.cli.bench import bench
 from bluejay.cli.convert import convert
 from bluejay.cli.generate import generate
+from bluejay.cli.info import info
 from bluejay.cli.inspect import inspect
 from bluejay.cli.models import models
 from bluejay.cli.perplexity import perplexity
@@ -38,6 +39,7 @@ app.command()(inspect)
 app.command()(convert)
 app.command()(train)
 app.command()(perplexity)
+app.command()(info)
 app.add_typer(bench, name="bench")
 
 

@@ -40,8 +40,7 @@ def open_llm(
         from bluejay.model import num_parameters
         from bluejay.model.quantized import is_quantized
 
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
+        set_torch_threads(settings.threads)
 
         def show(done: int, total: int) -> None:
             status.update(f"{label}: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
@@ -53,3 +52,14 @@ def open_llm(
     elif small and not settings.threads:
         torch.set_num_threads(1)
     return llm
+
+
+def set_torch_threads(setting: int) -> None:
+    """Give PyTorch the threads that were asked for, or else no more than a CPU quota, which it does not ask for itself."""
+    import torch
+
+    from bluejay.ops.threads import processors
+
+    there = torch.get_num_threads()
+    if (wanted := setting or min(there, processors().threads)) != there:
+        torch.set_num_threads(wanted)

@@ -33,8 +33,7 @@ def train(
 
         bluejay train recipes/default.toml --resume
     """
-    import torch
-
+    from bluejay.cli.loading import set_torch_threads
     from bluejay.errors import ConfigError
     from bluejay.model.device import choose_device
     from bluejay.settings import load_settings
@@ -48,8 +47,7 @@ def train(
     settings = load_settings({"device": device, "threads": threads})
     choose_device(settings.device)  # a wrong one is said before an old run is removed
     read = load_config(config, output_dir=output_dir, data_dir=data_dir)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    set_torch_threads(settings.threads)
     if not plot.available():
         typer.echo('note: no loss.png without matplotlib: pip install "bluejay[train]"', err=True)
     if fresh:

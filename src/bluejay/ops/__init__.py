@@ -75,6 +75,15 @@ def available_voices() -> list[str]:
         return [REFERENCE]
 
 
+def why_missing() -> str | None:
+    """Why there are no compiled kernels here; None where there are."""
+    try:
+        native.extension()
+    except native.Missing as missing:
+        return str(missing)
+    return None
+
+
 def num_threads() -> int:
     """The threads that work on one call: what was set, or as many as the machine or the container is good for."""
     return _threads if _threads is not None else processors().threads

@@ -373,7 +373,7 @@ def _check_batch(
     _check(
         not wrong,
         f"context_lens of the sequences {wrong[:10]} is {context_lens[wrong[:10]].tolist()}, "
-        f"expected at least their queries, {counts[wrong[:10]].tolist()}, and at most the {room} slots of a block table",
+        f"expected at least their queries, {counts[wrong[:10]].tolist()}, at most the {room} slots of a block table",
     )
     places = torch.arange(block_tables.shape[1], device=q.device) * k_cache.shape[1]
     outside = (block_tables < 0) | (block_tables >= k_cache.shape[0])
