@@ -11,7 +11,7 @@ from bluejay import ops
 from bluejay.bench import machine
 from bluejay.checkpoints import save
 from bluejay.cli.bench import bench
-from bluejay.errors import BluejayError, ConfigError, ContextLengthExceeded, InvalidRequest
+from bluejay.errors import BluejayError, ConfigError, ContextLengthExceeded, InvalidRequest, KernelError
 from bluejay.model import PRESETS
 from bluejay.model.gptj import GPTJ
 from bluejay.tokenizer.training import train_bpe
@@ -138,7 +138,23 @@ def test_too_little_memory_is_told_before_weights_are_made(monkeypatch: pytest.M
     result = run("--shape", "gpt-j-6b")
     assert isinstance(result.exception, ConfigError)
     assert "weights take 24.2 GB" in str(result.exception)
-    assert "10.0 GB of memory are free; ask for fewer layers (--layers)" in str(result.exception)
+    assert "10.0 GB of memory are free; ask for fewer layers of a shape (--layers)" in str(result.exception)
+
+
+def test_too_little_memory_for_a_model_too(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> None:
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 50_000)
+    for quantize in ("none", "int8"):
+        assert "0.0 GB of memory are free" in str(
+            run("--model", str(model_dir), "--quantize", quantize, *SHORT).exception
+        )
+
+
+def test_wrong_kernels_are_named_before_a_model_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLUEJAY_KERNELS", "avx1024")
+    monkeypatch.setattr(ops, "_voice", None)
+    result = run("--shape", "gpt-j-6b", "--quantize", "int4")
+    assert isinstance(result.exception, KernelError)
+    assert "avx1024" in str(result.exception)
 
 
 def test_help_has_examples() -> None:

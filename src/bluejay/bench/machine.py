@@ -70,8 +70,8 @@ def check_memory(weight_bytes: int, kv_bytes: int, free_bytes: int) -> None:
     weights, kv, free = (f"{num_bytes / 1e9:.1f} GB" for num_bytes in (weight_bytes, kv_bytes, free_bytes))
     if weight_bytes + kv_bytes > free_bytes:
         raise ConfigError(
-            f"weights take {weights}, keys and values {kv}, and {free} of memory are free; ask for fewer layers "
-            "(--layers), fewer bits (--quantize int4) or fewer tokens"
+            f"weights take {weights}, keys and values {kv}, and {free} of memory are free; ask for fewer layers of "
+            "a shape (--layers), fewer bits (--quantize int4) or fewer tokens"
         )
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from bluejay.bench.report import Subject
     from bluejay.bench.weights import Model
     from bluejay.bench.workload import Workload
+    from bluejay.model import ModelConfig
+    from bluejay.model.quantized import Quantization
 
 bench = typer.Typer(no_args_is_help=True, help="Measure how fast this machine runs a model.")
 
@@ -101,8 +103,10 @@ def engine(
         bluejay bench engine --model gpt-neo-125m --quantize none --json
     """
     _check_options(shape, layers, model, quantize, group_size, dtype)
+    from bluejay import ops
     from bluejay.bench.workload import Workload
 
+    ops.voice()  # a wrong BLUEJAY_KERNELS is said before a model is made
     workload = Workload(batch_size, prompt_tokens, max_new_tokens, repeats, seed)
     if shape is not None:
         network, subject = _random(shape, layers, quantize or Quantize.none, group_size, dtype, threads, workload)
@@ -161,7 +165,7 @@ def _random(
     from rich.console import Console
 
     from bluejay import ops
-    from bluejay.bench import machine, weights
+    from bluejay.bench import weights
     from bluejay.bench.workload import shape
     from bluejay.model.quantized import QUANTIZED_DTYPES, Quantization
     from bluejay.settings import load_settings
@@ -175,10 +179,7 @@ def _random(
     # As open_llm does: PyTorch's threads and the kernels' would wait for each other.
     torch.set_num_threads(count if quantization is None else 1)
     ops.set_num_threads(count)
-    num_bytes = weights.weight_bytes(config, quantization, weights_dtype)
-    longest = workload.prompt_tokens + workload.max_new_tokens
-    cached = workload.batch_size * weights.kv_bytes(config, longest, _kv_itemsize(weights_dtype))
-    machine.check_memory(num_bytes, cached, machine.free_memory_bytes())
+    num_bytes = _check_memory(config, quantization, weights_dtype, workload)
     began = time.perf_counter()
     with Console(stderr=True).status(f"drawing {num_bytes / 1e9:.1f} GB of random weights"):
         network = weights.random_model(config, quantization, weights_dtype, workload.seed)
@@ -189,14 +190,36 @@ def _opened(
     name: str, quantize: Quantize | None, dtype: FloatDType | None, threads: int | None, workload: Workload
 ) -> tuple[Model, Subject]:
     """A model of the user's."""
+    import torch
+
     from bluejay.checkpoints import hub, open_checkpoint
     from bluejay.cli.loading import open_llm
+    from bluejay.model.quantized import QUANTIZED_DTYPES, Quantization
 
-    workload.check_context(open_checkpoint(hub.resolve(name)).config)
+    config = open_checkpoint(hub.resolve(name)).config
+    workload.check_context(config)
+    # What is stored as integers is mapped, not copied; and who leaves the dtype to LLM gets one that fits.
+    if quantize is not None and (quantize is Quantize.none or Quantization.of(config) is None):
+        bits = QUANTIZED_DTYPES.get(quantize)
+        quantization = None if bits is None else Quantization(bits)
+        _check_memory(config, quantization, getattr(torch, dtype or "float32"), workload)
     wanted = {None: dtype or "auto", Quantize.none: dtype or "float32"}.get(quantize, quantize)
     began = time.perf_counter()
     llm = open_llm(name, dtype=str(wanted), device="cpu", threads=threads)
     return llm.model, _subject(llm.model, workload, time.perf_counter() - began, model=name)
+
+
+def _check_memory(
+    config: ModelConfig, quantization: Quantization | None, dtype: torch.dtype, workload: Workload
+) -> int:
+    """The bytes of the weights, if they fit with keys and values of the whole run."""
+    from bluejay.bench import machine, weights
+
+    num_bytes = weights.weight_bytes(config, quantization, dtype)
+    longest = workload.prompt_tokens + workload.max_new_tokens
+    cached = workload.batch_size * weights.kv_bytes(config, longest, _kv_itemsize(dtype))
+    machine.check_memory(num_bytes, cached, machine.free_memory_bytes())
+    return num_bytes
 
 
 def _subject(
