@@ -55,7 +55,7 @@ def open_llm(
 
 
 def set_torch_threads(setting: int) -> None:
-    """Give PyTorch the threads that were asked for, or else no more than a CPU quota, which it does not ask for itself."""
+    """Give PyTorch the threads that were asked for; else no more than a CPU quota, which it does not ask for itself."""
     import torch
 
     from bluejay.ops.threads import processors
