@@ -2,7 +2,7 @@
 
 row 0   k0 k1 k2 k3 k4 .  .  .     length 5
 row 1   k0 k1 .  .  .  .  .  .     length 2; what stands behind it is never seen
-        └ slots ──────────────┘    capacity, doubled when it is full
+        └ slots ──────────────┘    capacity, more when it is full
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from bluejay.model import CausalAttention
 from bluejay.model.attention import window_mask
+
+MOST_GROWTH = 256  # slots: a row doubles until then. A copy each 256 tokens costs nothing; half empty, 6B waste 200 MB
 
 
 class ContiguousCache:
@@ -31,8 +33,7 @@ class ContiguousCache:
     def __init__(self, n_positions: int, capacity: int = 64) -> None:
         self._n_positions = n_positions
         self._capacity = min(capacity, n_positions)
-        # For each layer [B, capacity, H, K], made when the layer is first run. Slots begin as zeros, not as whatever
-        # memory holds: an unseen slot has weight 0, and 0 times NaN is NaN.
+        # For each layer [B, capacity, H, K], made when the layer is first run.
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._starts: list[int] = []
@@ -48,9 +49,12 @@ class ContiguousCache:
         self._uniform = min(starts) == max(starts)
         self._masks = {}
         if self._end > self._capacity:
-            self._capacity = min(max(self._end, 2 * self._capacity), self._n_positions)
-            self._keys = [self._grown(old) for old in self._keys]
-            self._values = [self._grown(old) for old in self._values]
+            grown = self._capacity + min(self._capacity, MOST_GROWTH)
+            self._capacity = min(max(self._end, grown), self._n_positions)
+            for tensors in (self._keys, self._values):
+                for layer, old in enumerate(tensors):
+                    tensors[layer] = self._room(old, old.shape[0])
+                    tensors[layer][:, : old.shape[1]] = old
 
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these rows, in this order; a row may be taken several times (it forks) or not at all."""
@@ -59,15 +63,15 @@ class ContiguousCache:
         self._starts = [self._starts[row] for row in rows]
         for tensors in (self._keys, self._values):
             for layer, old in enumerate(tensors):
-                new = old.new_zeros(len(rows), *old.shape[1:])
-                new[:, : self._end] = old[:, : self._end].index_select(0, torch.tensor(rows, device=old.device))
-                tensors[layer] = new
+                tensors[layer] = self._room(old, len(rows))
+                kept = old[:, : self._end].index_select(0, torch.tensor(rows, device=old.device))
+                tensors[layer][:, : self._end] = kept
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
         """Write k and v, then attend; see `Attend`. Shapes: q, k, v [B, T, H, K]."""
         if layer == len(self._keys):
-            self._keys.append(k.new_zeros(k.shape[0], self._capacity, *k.shape[2:]))
-            self._values.append(v.new_zeros(v.shape[0], self._capacity, *v.shape[2:]))
+            self._keys.append(self._room(k, k.shape[0]))
+            self._values.append(self._room(v, v.shape[0]))
         keys, values = self._keys[layer], self._values[layer]
         if self._uniform:
             start = self._starts[0]
@@ -100,7 +104,6 @@ class ContiguousCache:
             self._masks[window] = window_mask(places[:, None, None], self._end, window)
         return self._masks[window]
 
-    def _grown(self, old: Tensor) -> Tensor:
-        new = old.new_zeros(old.shape[0], self._capacity, *old.shape[2:])
-        new[:, : old.shape[1]] = old
-        return new
+    def _room(self, like: Tensor, num_rows: int) -> Tensor:
+        """[num_rows, capacity, H, K] of zeros, not what memory holds: an unseen slot's weight is 0, and 0 * NaN is NaN."""
+        return like.new_zeros(num_rows, self._capacity, *like.shape[2:])

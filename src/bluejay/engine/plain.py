@@ -18,9 +18,11 @@ from bluejay.decoding.processors import processors_for
 from bluejay.decoding.sampler import Choice, TokenLogprobs, choose, generator_for, token_logprobs
 from bluejay.decoding.stopping import FinishReason, StopText, finish_reason, new_token_limit
 from bluejay.engine.contiguous_cache import ContiguousCache
+from bluejay.engine.kernel_cache import CACHE_DTYPE, KernelAttention, KernelCache
 from bluejay.engine.request import GenerationEvent, GenerationRequest, RequestOutput, Score, SequenceOutput
 from bluejay.errors import ContextLengthExceeded, InvalidRequest, UnsupportedOption
 from bluejay.model import CausalAttention, LanguageModel
+from bluejay.model.quantized import Quantization
 from bluejay.tokenizer import TextStream, Tokenizer
 
 LOGITS_CHUNK = 256  # positions whose logits are held at once: 50 MB at GPT-J's vocabulary
@@ -36,6 +38,8 @@ class PlainEngine:
         device: where the model is.
         max_rows: rows that run together, be they of one request or of several; further ones wait. Beams of one search
             always run together.
+        cache_dtype: of the keys and values that are kept: float32, float16 or bfloat16. None: float16 for a quantised
+            model, else as the model computes them. With a dtype of their own, `bluejay.ops` attends to them.
         clock: seconds, for `max_time`.
     """
 
@@ -46,12 +50,15 @@ class PlainEngine:
         *,
         device: torch.device | str = "cpu",
         max_rows: int = 32,
+        cache_dtype: torch.dtype | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._device = torch.device(device)
         self._max_rows = max_rows
+        self._quantized = Quantization.of(model.config) is not None
+        self._cache_dtype = CACHE_DTYPE if cache_dtype is None and self._quantized else cache_dtype
         self._clock = clock
         self._forbidden = None if tokenizer is None else self._ids_without_token(tokenizer)
 
@@ -151,7 +158,7 @@ class PlainEngine:
         Args:
             prompts: each with the numbers of those of its answers that are to run now.
         """
-        cache = ContiguousCache(self._model.config.n_positions)
+        cache = self._new_cache()
         began = self._clock()
         logits = self._prefill(cache, [prompt.history for prompt, _ in prompts])
         owners = [row for row, (_, indexes) in enumerate(prompts) for _ in indexes]
@@ -177,7 +184,7 @@ class PlainEngine:
 
     def _run_beams(self, sequence: _Sequence) -> Iterator[GenerationEvent]:
         """One beam search: a row for each running beam."""
-        cache = ContiguousCache(self._model.config.n_positions)
+        cache = self._new_cache()
         params, began = sequence.params, self._clock()
         search = beam_search(
             BeamRules(
@@ -255,6 +262,11 @@ class PlainEngine:
         logits = self._model.logits(hidden_states)
         return logits if self._forbidden is None else logits.masked_fill_(self._forbidden, -torch.inf)
 
+    def _new_cache(self) -> ContiguousCache:
+        if self._cache_dtype is None:
+            return ContiguousCache(self._model.config.n_positions)
+        return KernelCache(self._model.config.n_positions, dtype=self._cache_dtype)
+
     def _prefill(self, cache: ContiguousCache, prompts: list[list[int]]) -> Tensor:
         """Read all prompts, padded on the right; logits behind each one, [B, V]."""
         input_ids, positions = self._padded(prompts)
@@ -280,9 +292,10 @@ class PlainEngine:
     def _hidden_states(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensor]]:
         """Each text's place and last hidden states, [its tokens, n_embd]; texts of like length run together."""
         by_length = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+        attend = KernelAttention() if self._quantized else CausalAttention()
         for first in range(0, len(texts), self._max_rows):
             places = by_length[first : first + self._max_rows]
-            hidden = self._model(*self._padded([texts[place] for place in places]), CausalAttention())
+            hidden = self._model(*self._padded([texts[place] for place in places]), attend)
             for row, place in enumerate(places):
                 yield place, hidden[row, : len(texts[place])]
 
