@@ -105,5 +105,5 @@ class ContiguousCache:
         return self._masks[window]
 
     def _room(self, like: Tensor, num_rows: int) -> Tensor:
-        """[num_rows, capacity, H, K] of zeros, not what memory holds: an unseen slot's weight is 0, and 0 * NaN is NaN."""
+        """[num_rows, capacity, H, K] of zeros: an unseen slot has weight 0, and 0 times what memory held may be NaN."""
         return like.new_zeros(num_rows, self._capacity, *like.shape[2:])
