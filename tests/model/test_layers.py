@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from bluejay.model.config import ACTIVATIONS
-from bluejay.model.layers import ACTIVATION, Head, rotary_angles, rotate
+from bluejay.model.layers import ACTIVATION, Head, rotary_turns, rotate
 
 
 def rotate_slowly(x, position, rotary_dim):
@@ -18,11 +18,11 @@ def rotate_slowly(x, position, rotary_dim):
     return out
 
 
-@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(8, 8), (8, 4), (16, 2), (12, 6)])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(8, 8), (8, 4), (16, 2), (12, 6), (5, 4)])
 def test_rotate_is_the_definition(head_dim, rotary_dim):
     x = torch.randn(3, 2, head_dim, generator=torch.Generator().manual_seed(0))
     positions = [0, 7, 2047]
-    turned = rotate(x, *rotary_angles(torch.tensor(positions), rotary_dim))
+    turned = rotate(x, rotary_turns(torch.tensor(positions), rotary_dim))
     expected = [
         [rotate_slowly(head, position, rotary_dim) for head in heads]
         for position, heads in zip(positions, x.tolist(), strict=True)
@@ -34,8 +34,8 @@ def test_rotated_scores_depend_on_distance_alone():
     q, k = torch.randn(2, 1, 1, 16, generator=torch.Generator().manual_seed(0))
 
     def score(query_position, key_position):
-        turned_q = rotate(q, *rotary_angles(torch.tensor([query_position]), 16))
-        turned_k = rotate(k, *rotary_angles(torch.tensor([key_position]), 16))
+        turned_q = rotate(q, rotary_turns(torch.tensor([query_position]), 16))
+        turned_k = rotate(k, rotary_turns(torch.tensor([key_position]), 16))
         return (turned_q * turned_k).sum()
 
     torch.testing.assert_close(score(40, 37), score(1040, 1037), atol=1e-4, rtol=0)
@@ -45,10 +45,10 @@ def test_rotated_scores_depend_on_distance_alone():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rotate_keeps_the_dtype_and_computes_in_float32(dtype):
     x = torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    angles = rotary_angles(torch.tensor([1000]), 8)
-    turned = rotate(x, *angles)
+    turns = rotary_turns(torch.tensor([1000]), 8)
+    turned = rotate(x, turns)
     assert turned.dtype == dtype
-    assert torch.equal(turned, rotate(x.float(), *angles).to(dtype))
+    assert torch.equal(turned, rotate(x.float(), turns).to(dtype))
 
 
 def test_gelu_new_is_the_tanh_form():

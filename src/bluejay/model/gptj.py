@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bluejay.model.attention import Attend
 from bluejay.model.config import ModelConfig
-from bluejay.model.layers import ACTIVATION, Embedding, Head, Linear, rotary_angles, rotate
+from bluejay.model.layers import ACTIVATION, Embedding, Head, Linear, rotary_turns, rotate
 
 
 class Attention(nn.Module):
@@ -30,10 +30,10 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.n_embd, config.n_embd, bias=False)
         self.out_proj = Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, sin: Tensor, cos: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor, attend: Attend) -> Tensor:
         heads = (*x.shape[:-1], self.n_head, -1)
-        q = rotate(self.q_proj(x).view(heads), sin, cos)
-        k = rotate(self.k_proj(x).view(heads), sin, cos)
+        q = rotate(self.q_proj(x).view(heads), turns)
+        k = rotate(self.k_proj(x).view(heads), turns)
         v = self.v_proj(x).view(heads)
         mixed = attend(self.layer, q, k, v, scale=self.scale, window=None)
         return self.out_proj(mixed.flatten(-2))  # type: ignore[no-any-return]
@@ -61,14 +61,14 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, sin: Tensor, cos: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor, attend: Attend) -> Tensor:
         h = self.ln_1(x)
-        out: Tensor = x + self.attn(h, sin, cos, attend) + self.mlp(h)
+        out: Tensor = x + self.attn(h, turns, attend) + self.mlp(h)
         return out
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, last LayerNorm; the angles of the positions are computed once for all blocks."""
+    """Embedding, blocks, last LayerNorm; the turns of the positions are computed once for all blocks."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -79,9 +79,9 @@ class Transformer(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         x = self.wte(input_ids)
-        sin, cos = rotary_angles(positions, self.rotary_dim)
+        turns = rotary_turns(positions, self.rotary_dim)
         for block in self.h:
-            x = block(x, sin, cos, attend)
+            x = block(x, turns, attend)
         return self.ln_f(x)  # type: ignore[no-any-return]
 
 
