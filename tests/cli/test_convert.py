@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from bluejay.checkpoints import open_checkpoint, save
 from bluejay.cli.convert import convert
-from bluejay.errors import CheckpointError
+from bluejay.errors import CheckpointError, ConfigError
 
 
 def run(*arguments):
@@ -70,3 +70,38 @@ def test_a_wrong_option_is_a_usage_error(source, tmp_path, options):
 
 def test_help_has_examples():
     assert "bluejay convert step_383500/ out/ --config 6B_roto_256.json" in run("--help").output
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_quantised_models_are_written_by_quantize(source, tmp_path, name):
+    result = run(source, tmp_path / "out", "--quantize", name, "--group-size", 64)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"out: 2 files, [\d,]+ bytes", result.stderr)
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert raw["quantization_config"]["bits"] == int(name[-1])
+    assert raw["quantization_config"]["group_size"] == 64
+    result = run(tmp_path / "out", tmp_path / "floats", "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    assert {info.dtype for info in open_checkpoint(tmp_path / "floats").tensors().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--group-size", 64], "belongs to --quantize"),
+        (["--quantize", "int4", "--dtype", "float16"], "does not go with --dtype"),
+        (["--quantize", "int4", "--to", "torch-bin"], "does not go with --to"),
+        (["--quantize", "int2"], "int2"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(source, tmp_path, options, message):
+    result = run(source, tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_group_size_that_is_none_is_an_error(source, tmp_path):
+    result = run(source, tmp_path / "out", "--quantize", "int4", "--group-size", 48)
+    assert isinstance(result.exception, ConfigError)
+    assert "group_size is 48, expected 32 or 64" in str(result.exception)
