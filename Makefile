@@ -33,9 +33,10 @@ test-sanitizers: kernels
 
 ## check: style, types, import order
 check: $(VENV)/.tested
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
+	$(BIN)/mypy -p benchmarks
 	$(BIN)/lint-imports
 
 ## default-model: train the default model and its draft again; needs ../shared/data/stories and some hours
@@ -50,8 +51,8 @@ default-model: $(VENV)/.tested
 	  (cd $$folder && sha256sum *.json *.safetensors merges.txt > SHA256SUMS) || exit 1; done
 
 format: $(VENV)/.tested
-	$(BIN)/ruff format src tests
-	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks
 
 $(BIN)/python:
 	@tools/make-venv $(PYTHON) $(VENV)
@@ -71,6 +72,8 @@ $(ORACLE)/.installed: tests/parity/requirements.txt | $(BIN)/python
 	@tools/make-venv $(PYTHON) $(ORACLE)
 	@$(ORACLE)/bin/python $(PIP) --requirement tests/parity/requirements.txt
 	@touch $@
+
+include benchmarks/rivals.mk
 
 clean:
 	rm -rf $(VENV) .venvs build dist src/bluejay/ops/_native*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

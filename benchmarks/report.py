@@ -71,9 +71,9 @@ def _page(found: dict[str, Found]) -> Iterable[str]:
         yield "## One matrix"
         yield (
             f"{OUTPUTS} outputs of {INPUTS} inputs, M rows of activations; milliseconds for one product. Bluejay's "
-            f"int8 and every int4 have a scale for each {GROUP_SIZE} inputs, the other int8 one for each output. Each side "
-            "goes through copies of the matrix that are together larger than the caches. PyTorch's packed operators "
-            "take and give bfloat16, the others float32."
+            f"int8 and every int4 have a scale for each {GROUP_SIZE} inputs, the other int8 one for each output. Each "
+            "side goes through copies of the matrix that are together larger than the caches. PyTorch's packed "
+            "operators take and give bfloat16, the others float32."
         )
         yield _matrix_table(found["matrix"])
         yield _provenance(found["matrix"])

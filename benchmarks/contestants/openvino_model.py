@@ -156,7 +156,8 @@ class Contestant:
         logits: np.ndarray = self.request.infer(inputs, share_inputs=True)[0]
         if not np.isfinite(logits).all():
             raise RuntimeError("logits are not numbers")
-        return np.argmax(logits, axis=-1, keepdims=True)
+        chosen: np.ndarray = np.argmax(logits, axis=-1, keepdims=True)
+        return chosen
 
 
 if __name__ == "__main__":
