@@ -217,7 +217,7 @@ def _check_memory(
 
     num_bytes = weights.weight_bytes(config, quantization, dtype)
     longest = workload.prompt_tokens + workload.max_new_tokens
-    cached = workload.batch_size * weights.kv_bytes(config, longest, _kv_itemsize(dtype))
+    cached = workload.batch_size * weights.kv_bytes(config, longest, _kv_itemsize(quantization, dtype))
     machine.check_memory(num_bytes, cached, machine.free_memory_bytes())
     return num_bytes
 
@@ -238,7 +238,8 @@ def _subject(
     if quantization is None:
         ops.set_num_threads(torch.get_num_threads())  # memory is read with as many as PyTorch computes with
     lengths = range(workload.prompt_tokens + 1, workload.prompt_tokens + workload.max_new_tokens)
-    cached = sum(weights.kv_bytes(network.config, length, _kv_itemsize(dtype)) for length in lengths)
+    itemsize = _kv_itemsize(quantization, dtype)
+    cached = sum(weights.kv_bytes(network.config, length, itemsize) for length in lengths)
     return Subject(
         model=model,
         shape=shape,
@@ -256,9 +257,11 @@ def _subject(
     )
 
 
-def _kv_itemsize(dtype: torch.dtype) -> int:
-    """Bytes of one number in the engine's cache, which keeps what the network computes."""
-    return dtype.itemsize
+def _kv_itemsize(quantization: Quantization | None, dtype: torch.dtype) -> int:
+    """Bytes of one number in the engine's cache, where it is left to choose."""
+    from bluejay.engine.kernel_cache import CACHE_DTYPE
+
+    return (dtype if quantization is None else CACHE_DTYPE).itemsize
 
 
 def _measured(network: Model, workload: Workload) -> Timings:
