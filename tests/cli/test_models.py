@@ -51,12 +51,21 @@ def test_the_list_as_a_table(path: Path) -> None:
     assert row.split()[4:6] == [str(SIZE), "bytes"]
 
 
+@pytest.mark.parametrize(("method", "shown"), [("bluejay", "int4"), ("gptq", "other")])
+def test_the_list_tells_how_weights_are_quantised(path: Path, method: str, shown: str) -> None:
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 32, "version": 1}
+    (path / "config.json").write_text(json.dumps(config))
+    assert run().stdout.splitlines()[1].split()[3:5] == ["safetensors", shown]
+    assert json.loads(run("--json").stdout)[0]["quantization"] == shown
+
+
 def test_the_list_as_json(path: Path) -> None:
     (row,) = json.loads(run("--json").stdout)
     assert row["name"] == NAME
     assert row["size_bytes"] == SIZE
     assert row["path"] == str(path)
-    assert set(row) == {"name", "revision", "path", "size_bytes", "family", "format", "last_used"}
+    assert set(row) == {"name", "revision", "path", "size_bytes", "family", "format", "quantization", "last_used"}
 
 
 def test_a_commit_is_shortened_and_a_branch_is_not(path: Path) -> None:

@@ -27,6 +27,7 @@ from bluejay.checkpoints import blobs
 from bluejay.checkpoints.hub_names import HubName
 from bluejay.errors import CheckpointError, ConfigError, InvalidRequest, ModelNotFound
 from bluejay.model.config import ModelConfig
+from bluejay.model.quantized import Quantization
 
 if TYPE_CHECKING:
     from huggingface_hub import DeleteCacheStrategy
@@ -53,6 +54,7 @@ class CachedModel:
         size_bytes: on disk; files shared by two revisions count for each.
         family: "gptj" or "gpt_neo".
         format: "safetensors" or "torch_bin", None where weights are missing still.
+        quantization: "int8" or "int4", "other" for a way that Bluejay does not read, None for floats.
         last_used: when a file of it was last read, as far as the file system keeps count.
     """
 
@@ -62,6 +64,7 @@ class CachedModel:
     size_bytes: int
     family: str
     format: str | None
+    quantization: str | None
     last_used: datetime | None
 
 
@@ -265,12 +268,29 @@ def _described(
 ) -> CachedModel | None:
     """A row of the list, None for a model of another family."""
     try:
-        family = ModelConfig.from_file(path / "config.json").model_type
+        config = ModelConfig.from_file(path / "config.json")
     except ConfigError:
         return None
     kind, _ = weight_files(path.name for path in path.glob("*"))
     when = None if last_used is None else datetime.fromtimestamp(last_used, UTC)
-    return CachedModel(name, revision, path, size_bytes, family, kind if has_weights(path) else None, when)
+    return CachedModel(
+        name=name,
+        revision=revision,
+        path=path,
+        size_bytes=size_bytes,
+        family=config.model_type,
+        format=kind if has_weights(path) else None,
+        quantization=_quantization(config),
+        last_used=when,
+    )
+
+
+def _quantization(config: ModelConfig) -> str | None:
+    try:
+        found = Quantization.of(config)
+    except ConfigError:
+        return "other"
+    return None if found is None else found.name
 
 
 def _verify_manifest(directory: Path) -> Verification:

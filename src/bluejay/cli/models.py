@@ -114,6 +114,7 @@ def _as_json(model: CachedModel) -> dict[str, Any]:
         "size_bytes": model.size_bytes,
         "family": model.family,
         "format": model.format,
+        "quantization": model.quantization,
         "last_used": None if model.last_used is None else model.last_used.isoformat(timespec="seconds"),
     }
 
@@ -137,7 +138,7 @@ def _table(found: list[CachedModel]) -> Table:
             model.name,
             _shortened(model.revision),
             model.family,
-            model.format or "incomplete",
+            " ".join(filter(None, (model.format or "incomplete", model.quantization))),
             decimal(model.size_bytes),
             "" if model.last_used is None else f"{model.last_used.astimezone():%Y-%m-%d}",
         )
