@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,11 +12,13 @@ from typer.testing import CliRunner, Result
 
 from bluejay import ops
 from bluejay.bench import machine
+from bluejay.bench.weights import weight_bytes
 from bluejay.checkpoints import save
 from bluejay.cli.bench import bench
 from bluejay.errors import BluejayError, ConfigError, ContextLengthExceeded, InvalidRequest, KernelError
 from bluejay.model import PRESETS
 from bluejay.model.gptj import GPTJ
+from bluejay.model.quantized import Quantization
 from bluejay.tokenizer.training import train_bpe
 
 from ..conftest import TINY_GPT_NEO, TINY_GPTJ
@@ -31,12 +36,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def threads() -> object:
+def threads() -> Iterator[None]:
     """Leave threads as they were."""
-    before = torch.get_num_threads(), ops.num_threads()
+    before = torch.get_num_threads()
     yield
-    ops.set_num_threads(before[1])
-    torch.set_num_threads(before[0])
+    ops.set_num_threads(0)
+    torch.set_num_threads(before)
 
 
 def run(*arguments: str) -> Result:
@@ -162,3 +167,17 @@ def test_wrong_kernels_are_named_before_a_model_is_made(monkeypatch: pytest.Monk
 
 def test_help_has_examples() -> None:
     assert "bluejay bench engine --shape gpt-j-6b --quantize int4" in run("--help").stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(machine.free_memory_bytes() < 6e9, reason="takes 5 GB of memory")
+def test_gpt_j_6b_in_int4_takes_its_weights_and_a_gibibyte() -> None:
+    arguments = (
+        "bench engine --shape gpt-j-6b --quantize int4 --prompt-tokens 496 --max-new-tokens 16 --repeats 1 --json"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "bluejay", *arguments.split()], capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    weights = weight_bytes(PRESETS["gpt-j-6b"], Quantization(4), torch.float32)
+    assert weights < found["peak_memory_bytes"] <= weights + 2**30
