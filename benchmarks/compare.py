@@ -1,15 +1,19 @@
 """Run Bluejay and its rivals side by side: `python -m benchmarks.compare` (or `make benchmarks`).
 
-Contests, each alternating in one run: `models` (quantised GPT-J), `floats` (the rivals that have no quantised one, or
-have it in floats as well), `matrix` (one product). Each writes docs/benchmarks/cpu-rivals-CONTEST.json, and the page
-and the chart are drawn anew out of all three. See benchmarks/README.md.
+Contests, each alternating in one run: `models` (with CTranslate2 int8, the yardstick), `openvino`, `floats` (rivals
+with float weights), `matrix` (one product). Each writes docs/benchmarks/cpu-rivals-CONTEST.json, and the page and the
+chart are drawn anew out of all of them. See benchmarks/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks import report
 from benchmarks.contest import ROOT, Entry, Task, run
@@ -46,6 +50,9 @@ def entries(contest: str, threads: int) -> list[Entry]:
         "models": [
             *bluejay,
             model("CTranslate2 int8", CTRANSLATE2, "ctranslate2_model", "int8"),
+        ],
+        "openvino": [
+            *bluejay,
             model("OpenVINO int8", OPENVINO, "openvino_model", "int8"),
             model("OpenVINO int4", OPENVINO, "openvino_model", "int4"),
         ],
@@ -78,22 +85,49 @@ def main() -> None:
     parser.add_argument("--only", help="contestants whose names contain this, or these, parted by commas")
     parser.add_argument("--tasks", help="tasks whose names contain this, or these, parted by commas")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", help="where results are written")
+    parser.add_argument("--add", action="store_true", help="keep the readings there are, if they are of this commit")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not before the contestants are ended
+    asked.out.mkdir(parents=True, exist_ok=True)
     for contest in asked.contests:
-        command = f"python -m benchmarks.compare {contest} --rounds {asked.rounds} --threads {asked.threads}"
-        command += "".join(f' --{key} "{value}"' for key in ("only", "tasks") if (value := getattr(asked, key)))
         among = [entry for entry in entries(contest, asked.threads) if _matches(entry.name, asked.only)]
-        tasks = [
-            task for task in (MATRIX_TASKS if contest == "matrix" else MODEL_TASKS) if _matches(task.name, asked.tasks)
-        ]
-        found = {
-            "command": command,
-            **describe(),
-            "contestants": run(among, tasks, asked.rounds, ROOT / "runs/benchmarks"),
-        }
-        asked.out.mkdir(parents=True, exist_ok=True)
-        (asked.out / f"cpu-rivals-{contest}.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        all_tasks = MATRIX_TASKS if contest == "matrix" else MODEL_TASKS
+        tasks = [task for task in all_tasks if _matches(task.name, asked.tasks)]
+        file = asked.out / f"cpu-rivals-{contest}.json"
+        about = {"command": _command(contest, asked), **describe()}
+        earlier = _earlier(file, about["commit"]) if asked.add else {}
+        run(among, tasks, asked.rounds, ROOT / "runs/benchmarks", partial(_write, file, about, earlier))
     report.write(asked.out)
+
+
+def _command(contest: str, asked: argparse.Namespace) -> str:
+    options = "".join(f' --{key} "{value}"' for key in ("only", "tasks") if (value := getattr(asked, key)))
+    added = " --add" if asked.add else ""
+    return f"python -m benchmarks.compare {contest} --rounds {asked.rounds} --threads {asked.threads}{options}{added}"
+
+
+def _earlier(file: Path, commit: str) -> dict[str, Any]:
+    """The contestants of a run before, with their readings.
+
+    Raises: SystemExit if they come from another commit.
+    """
+    if not file.exists():
+        return {}
+    found = json.loads(file.read_text())
+    if found["commit"] != commit:
+        sys.exit(f"{file} holds readings of commit {found['commit']}, this is {commit}; leave --add away to begin anew")
+    contestants: dict[str, Any] = found["contestants"]
+    return contestants
+
+
+def _write(file: Path, about: dict[str, Any], earlier: dict[str, Any], found: dict[str, Any]) -> None:
+    """Write a contest's file: readings of this run behind the earlier ones."""
+    contestants = dict(earlier)
+    for name, contestant in found.items():
+        before = earlier.get(name, {}).get("readings", {})
+        readings = {task: before.get(task, []) + new for task, new in contestant["readings"].items()}
+        contestants[name] = {**contestant, "readings": readings}
+    file.write_text(json.dumps({**about, "contestants": contestants}, indent=1, ensure_ascii=False) + "\n")
 
 
 def _matches(name: str, wanted: str | None) -> bool:

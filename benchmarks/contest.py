@@ -12,7 +12,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,14 +159,22 @@ _MOST_READINGS = 3
 
 
 def run(
-    entries: Sequence[Entry], tasks: Sequence[Task], rounds: int, log_folder: Path, timeout_s: float = 300
-) -> dict[str, Any]:
+    entries: Sequence[Entry],
+    tasks: Sequence[Task],
+    rounds: int,
+    log_folder: Path,
+    on_round: Callable[[dict[str, Any]], None],
+    timeout_s: float = 300,
+) -> None:
     """Ask every contestant every task, alternating: A B C A B C …
 
     A reading during which other processes took more than QUIET processors is taken again, up to twice; the least
     disturbed one counts, whatever its figure.
 
-    Returns: what JSON files hold: for each contestant what it said of itself, or its failure, and its readings by task.
+    Args:
+        log_folder: for what contestants print.
+        on_round: called after each round with what JSON files hold: for each contestant what it said of itself, or its
+            failure, and its readings by task.
     """
     log_folder.mkdir(parents=True, exist_ok=True)
     there: dict[str, Contestant] = {}
@@ -191,10 +199,10 @@ def run(
                     found[name]["readings"][task.name].append(vars(reading))
                     told = f"{1e3 * reading.seconds:.1f} ms, {reading.cores:.2f} cores, others {reading.others:.2f}"
                     print(f"round {number + 1}: {task.name}: {name}: {told}", flush=True)
+            on_round(found)
     finally:
         for contestant in there.values():
             contestant.end()
-    return found
 
 
 def _quietest(contestant: Contestant, task: Task, timeout_s: float) -> Reading:

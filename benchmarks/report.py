@@ -16,8 +16,8 @@ from benchmarks.contest import QUIET
 from benchmarks.contestants.matrix import GROUP_SIZE, INPUTS, OUTPUTS
 from benchmarks.shape import Shape
 
-CONTESTS = ["models", "floats", "matrix"]
-YARDSTICK = "CTranslate2 int8"
+CONTESTS = ["models", "openvino", "floats", "matrix"]
+YARDSTICK, LINK = "CTranslate2 int8", "Bluejay int8"
 # What Bluejay set out to reach: times as fast as the yardstick.
 GOALS = {
     ("Bluejay int8", "decode, batch 1"): 2.2,
@@ -38,7 +38,7 @@ def write(folder: Path) -> None:
     files = {contest: folder / f"cpu-rivals-{contest}.json" for contest in CONTESTS}
     found: dict[str, Found] = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     if "models" in found:
-        draw(found["models"], folder / "cpu-rivals.svg")
+        draw(found, folder / "cpu-rivals.svg")
     page = "\n\n".join(part for part in _page(found) if part)
     (folder / "cpu-rivals.md").write_text(page + "\n")
 
@@ -51,20 +51,23 @@ def _page(found: dict[str, Found]) -> Iterable[str]:
         "[benchmarks/README.md](../../benchmarks/README.md).*"
     )
     if "models" in found:
-        yield "![Tokens per second of Bluejay and its rivals](cpu-rivals.svg)"
+        yield "![How many times as fast as CTranslate2 int8 Bluejay and its rivals are](cpu-rivals.svg)"
     yield (
         f"GPT-J-6B's shapes with random weights: {shape.n_layer} of its 28 layers and the head, {_millions(shape)} "
         "million weights for each token. Decoding goes on from prompts of 32 tokens; prefill is one prompt of 512 "
         "tokens to its first new token. Medians of alternating readings; in parentheses their range."
     )
     if "models" in found:
-        yield "## Quantised models"
+        yield "## CTranslate2"
         yield _model_table(found["models"])
         yield _goals(found["models"])
         yield _provenance(found["models"])
+    if "openvino" in found:
+        yield "## OpenVINO"
+        yield _model_table(found["openvino"])
+        yield _provenance(found["openvino"])
     if "floats" in found:
-        yield "## Models of floats"
-        yield "Rivals that keep weights as floats, with Bluejay in the same run."
+        yield "## Float weights"
         yield _model_table(found["floats"])
         yield _provenance(found["floats"])
     if "matrix" in found:
@@ -192,20 +195,22 @@ def _version(contestant: Found) -> str:
     return str(facts.get("version", "unknown")) + (f" ({', '.join(extra)})" if extra else "")
 
 
-def draw(found: Found, file: Path) -> None:
-    """A panel for each task, a bar of tokens per second for each contestant."""
-    tasks = _tasks(found)
-    names = [name for name in found["contestants"] if any(seconds(found, name, task) for task in tasks)]
+def draw(found: dict[str, Found], file: Path) -> None:
+    """A panel for each task, a bar for each contestant: how many times as fast as the yardstick."""
+    models = found["models"]
+    tasks = _tasks(models)
     plt.rcParams.update({"svg.fonttype": "none", "font.size": 10, "svg.hashsalt": "bluejay"})
-    figure, axes = plt.subplots(2, -(-len(tasks) // 2), figsize=(10, 1.6 + 0.62 * len(names)), squeeze=False)
+    times = {task: _chained(found, task) for task in tasks}
+    most = max(map(len, times.values()))
+    figure, axes = plt.subplots(2, -(-len(tasks) // 2), figsize=(10, 1.6 + 0.56 * most), squeeze=False)
     for axis, task in zip(axes.flat, tasks, strict=False):
-        _panel(axis, found, names, task)
+        _panel(axis, times[task], task)
     for axis in axes.flat[len(tasks) :]:
         axis.remove()
-    machine = found["machine"]
+    machine = models["machine"]
     figure.suptitle(
-        f"GPT-J-6B's shapes, {Shape().n_layer} layers and head: tokens per second (longer is better)\n"
-        f"{machine['processor']}, {machine['cores']} cores, {', '.join(machine['instruction_sets'])}; {found['date']}",
+        f"GPT-J-6B's shapes, {Shape().n_layer} layers and head: speed, {YARDSTICK} being 1 (longer is faster)\n"
+        f"{machine['processor']}, {machine['cores']} cores, {', '.join(machine['instruction_sets'])}; {models['date']}",
         fontsize=11,
     )
     figure.tight_layout()
@@ -213,15 +218,33 @@ def draw(found: Found, file: Path) -> None:
     plt.close(figure)
 
 
-def _panel(axis: Any, found: Found, names: Sequence[str], task: str) -> None:
-    speeds = [tokens(task) / median(readings) if (readings := seconds(found, name, task)) else 0 for name in names]
-    colors = ["#1f6fb2" if name.startswith("Bluejay") else "#b4b9bf" for name in names]
-    axis.barh(range(len(names)), speeds, color=colors)
-    axis.set_yticks(range(len(names)), names)
+def _chained(found: dict[str, Found], task: str) -> dict[str, float]:
+    """Times as fast as the yardstick, by contestant.
+
+    Machines change their speed from run to run: who was not in the yardstick's run is compared with Bluejay int8 in its
+    own run, and that with the yardstick.
+    """
+    link = ratio(found["models"], LINK, task, YARDSTICK)
+    times: dict[str, float] = {}
+    for contest in (name for name in CONTESTS if name in found and name != "matrix"):
+        for name in found[contest]["contestants"]:
+            direct = contest == "models"
+            measured = ratio(found[contest], name, task, YARDSTICK if direct else LINK)
+            if measured is not None and (direct or link is not None):
+                times.setdefault(name, measured if direct or link is None else measured * link)
+    return times
+
+
+def _panel(axis: Any, times: dict[str, float], task: str) -> None:
+    axis.barh(list(times), list(times.values()), color=[_color(name) for name in times])
     axis.invert_yaxis()
-    for place, (name, speed) in enumerate(zip(names, speeds, strict=True)):
-        times = None if name == YARDSTICK else ratio(found, name, task, YARDSTICK)
-        axis.text(speed, place, f" {speed:.1f}" + (f"  ({times:.2f} ×)" if times else ""), va="center", fontsize=9)
-    axis.set_xlim(0, 1.32 * max(speeds))
-    axis.set_title(f"{task}  (× {YARDSTICK})", fontsize=10, loc="left")
+    for place, value in enumerate(times.values()):
+        axis.text(value, place, f" {value:.2f}", va="center", fontsize=9)
+    axis.axvline(1, color="#555555", linewidth=0.8, linestyle=":")
+    axis.set_xlim(0, 1.15 * max(times.values(), default=1))
+    axis.set_title(task, fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _color(name: str) -> str:
+    return "#1f6fb2" if name.startswith("Bluejay") else "#b4b9bf"
