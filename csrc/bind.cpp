@@ -16,6 +16,7 @@ namespace bluejay {
 
 void bind_linear(nb::module_& m);
 void bind_attention(nb::module_& m);
+void bind_elementwise(nb::module_& m);
 void bind_bandwidth(nb::module_& m);
 
 namespace {
@@ -47,5 +48,6 @@ NB_MODULE(_native, m) {
     m.def("set_num_threads", &set_num_threads, "count"_a, "spin"_a = true, nb::call_guard<nb::gil_scoped_release>());
     bind_linear(m);
     bind_attention(m);
+    bind_elementwise(m);
     bind_bandwidth(m);
 }

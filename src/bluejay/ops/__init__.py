@@ -140,6 +140,11 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     write(k, v, k_cache, v_cache, slots)
 
 
+def gelu_new_(x: Tensor) -> Tensor:
+    """GELU in its tanh form, in place: fresh memory for a prompt takes longer to find than the numbers do."""
+    return native.gelu_new_(x) if _is_native(x) else reference.gelu_new_(x)
+
+
 def read_sum(buffer: Tensor) -> int:
     """Read a buffer of bytes once, with all threads, and add its 64-bit words up: what a memory's speed is told by."""
     return native.read_sum(buffer) if _is_native(buffer) else reference.read_sum(buffer)

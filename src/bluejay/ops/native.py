@@ -91,6 +91,14 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     _call(extension().write_kv, k, v, k_cache, v_cache, slots.contiguous())
 
 
+def gelu_new_(x: Tensor) -> Tensor:
+    """As `reference.gelu_new_`."""
+    if x.dtype != torch.float32 or not x.is_contiguous():
+        raise KernelError(f"x is {_described(x)} with strides {list(x.stride())}, expected float32, contiguous")
+    _call(extension().gelu_new_, _plain(x, "x"))
+    return x
+
+
 def read_sum(buffer: Tensor) -> int:
     """As `reference.read_sum`."""
     return int(_call(extension().read_sum, buffer))

@@ -35,7 +35,7 @@ WEIGHT_OFFSET = {8: 112, 4: 8}  # what is added to an integer to store it unsign
 # q4_0 and 7 plain rounding; between 7 and 9 the squared error of Gaussian weights is 7 % below q4_0's, and a finer or
 # wider grid gains less than 0.1 %.
 _INT4_PLACES = (7.0, 7.25, 7.5, 7.75, 8.0, 8.25, 8.5, 8.75, 9.0, -6.5, -7.0, -7.5)
-_SEARCHED_AT_ONCE = 2**16  # weights; their float32 copies stay in a core's cache
+_SEARCHED_AT_ONCE = 2**17  # weights: fewer make more calls than work, the copies of more leave the cache
 _LEAST = 1e-30  # a group of smaller magnitude counts as zeros: its reciprocal would leave float32
 # A group of activations whose largest is beyond this many root mean squares of its row holds outliers.
 _WIDE = 4.0
@@ -309,6 +309,18 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     block, offset = slots[kept] // k_cache.shape[1], slots[kept] % k_cache.shape[1]
     k_cache[block, offset] = k[kept].to(k_cache.dtype)
     v_cache[block, offset] = v[kept].to(v_cache.dtype)
+
+
+def gelu_new_(x: Tensor) -> Tensor:
+    """GELU as x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), in place; x is float32 and contiguous.
+
+    Source: Hendrycks and Gimpel 2016 (arXiv:1606.08415), section 2; the approximation that GPT-2 was trained with.
+    """
+    _check(
+        x.dtype == torch.float32 and x.is_contiguous(),
+        f"x is {_described(x)} with strides {list(x.stride())}, expected float32, contiguous",
+    )
+    return x.copy_(F.gelu(x, approximate="tanh"))
 
 
 def read_sum(buffer: Tensor) -> int:

@@ -1,0 +1,9 @@
+// Elementwise kernels for AVX2 + FMA + F16C.
+#define BLUEJAY_VECTOR_BYTES 32
+#include "elementwise_kernels.h"
+
+namespace bluejay {
+
+const ElementwiseKernels elementwise_avx2 = {gelu_new_row};
+
+}  // namespace bluejay

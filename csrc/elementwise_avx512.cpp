@@ -1,0 +1,9 @@
+// Elementwise kernels for AVX-512F.
+#define BLUEJAY_VECTOR_BYTES 64
+#include "elementwise_kernels.h"
+
+namespace bluejay {
+
+const ElementwiseKernels elementwise_avx512 = {gelu_new_row};
+
+}  // namespace bluejay
