@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t kBlockGroups = 16;  // 512 inputs: 8 KiB of weights, which stay in a first-level cache
 constexpr int64_t kMaxRows = 512;     // rows whose digits and sums stay in the outer caches from tile to tile
+constexpr int64_t kShortly = 2048;    // bytes: what a core asks for in the time in which memory answers
 constexpr int64_t kLine = 64;         // bytes of a cache line
 
 const LinearKernels& kernels() {
@@ -149,14 +150,16 @@ private:
     void multiply_block(const uint8_t* weight, const uint8_t* next, const uint8_t* end, int64_t first, int64_t count,
                         float* sums) {
         const auto& kernel = args_.bits == 8 ? kernel_.int8 : unpack_ ? kernel_.int4 : kernel_.int4_packed;
-        // While this block is worked on, the next one is fetched, evenly.
+        // While this block is worked on, the next one is fetched, evenly. With one tile of rows, weights are read once, and
+        // what comes shortly is fetched.
+        const bool once = digits_.tiles() == 1;
         const int64_t calls = digits_.tiles() * count;
         const int lines = static_cast<int>((count * group_bytes_ / kLine + calls - 1) / calls);
         for (int64_t rows = 0; rows < digits_.tiles(); ++rows) {
-            const uint8_t* ahead = next + rows * count * lines * kLine;
-            const bool inside = ahead + count * lines * kLine <= end;
+            const uint8_t* from = once ? next - count * group_bytes_ + kShortly : next + rows * count * lines * kLine;
+            const bool inside = from + count * lines * kLine <= end;
             kernel[digits_.tile_rows(rows) - 1](weight, digits_.at(rows, first), scales_, count,
-                                               sums + rows * kTileRows * kTileOutputs, ahead, inside ? lines : 0);
+                                               sums + rows * kTileRows * kTileOutputs, {from, inside ? lines : 0, once});
         }
     }
 

@@ -53,15 +53,22 @@ struct Digits {
     const uint8_t* wide;          // [groups]: whether any of the rows has high digits there
 };
 
+// Memory to be fetched while a tile is worked on: so many cache lines with each of its groups.
+struct Ahead {
+    const uint8_t* from;
+    int lines;
+    bool once;                    // it will be read once: past the caches, which hold the program and its data meanwhile
+};
+
 // What one instruction set has to offer. `sums` is [rows][16], added to; `scales` are float32, one for every 32 inputs,
-// [groups][16]. `ahead` is memory that will be read next: `ahead_lines` cache lines of it are fetched with each group.
+// [groups][16].
 struct LinearKernels {
     void (*quantize_row)(const float* x, int64_t count, int64_t padded, int bits, int8_t* low, int8_t* high, float* scale,
                          uint8_t* wide);
     void (*widen_scales)(const uint16_t* scales, int64_t count, int repeat, float* out);
     void (*unpack_int4)(const uint8_t* packed, int64_t pairs, uint8_t* out);
     using Tile = void (*)(const uint8_t* weight, const Digits& digits, const float* scales, int64_t groups, float* sums,
-                          const uint8_t* ahead, int ahead_lines);
+                          Ahead ahead);
     Tile int8[kTileRows];         // for 1, 2, 3, 4 rows
     Tile int4[kTileRows];         // weights already unpacked, one byte each
     Tile int4_packed[kTileRows];

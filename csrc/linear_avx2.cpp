@@ -71,12 +71,15 @@ __attribute__((noinline)) void add_high(__m256i (&acc)[ROWS][2], const uint8_t* 
 
 template <int ROWS, Kind KIND>
 void tile(const uint8_t* weight, const Digits& digits, const float* scales, int64_t groups, float* sums,
-          const uint8_t* ahead, int ahead_lines) {
+          Ahead ahead) {
     constexpr int kBytes = kTileOutputs * kGroup / (KIND == Kind::int4_packed ? 2 : 1);
     const __m256i ones = _mm256_set1_epi16(1);
     const int32_t* x = digits.low;
     for (int64_t g = 0; g < groups; ++g, weight += kBytes, x += kGroupQuads * ROWS, scales += kTileOutputs) {
-        for (int line = 0; line < ahead_lines; ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+        for (int line = 0; line < ahead.lines; ++line, ahead.from += 64) {
+            if (ahead.once) _mm_prefetch(ahead.from, _MM_HINT_NTA);
+            else _mm_prefetch(ahead.from, _MM_HINT_T1);
+        }
         __m256i acc[ROWS][2];
         add_group<ROWS, KIND>(acc, weight, x, digits.low_start + g * ROWS);
         if (KIND == Kind::int8 && digits.wide[g]) {

@@ -35,8 +35,7 @@ inline void add_group(int32_t (&sum)[kTileOutputs], const uint8_t* weight, const
 }
 
 template <int ROWS, Kind KIND>
-void tile(const uint8_t* weight, const Digits& digits, const float* scales, int64_t groups, float* sums, const uint8_t*,
-          int) {
+void tile(const uint8_t* weight, const Digits& digits, const float* scales, int64_t groups, float* sums, Ahead) {
     constexpr int kBytes = kTileOutputs * kGroup / (KIND == Kind::int4_packed ? 2 : 1);
     for (int64_t g = 0; g < groups; ++g, weight += kBytes, scales += kTileOutputs) {
         for (int m = 0; m < ROWS; ++m) {
