@@ -43,7 +43,7 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     first = x[..., :rotary_dim].float()
     if x.shape[-1] % 2:  # heads of an odd size would tear pairs of the next head apart
         first = first.contiguous()
-    pairs = torch.view_as_complex(first.unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(first.reshape(*first.shape[:-1], -1, 2))
     turned = torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
     if rotary_dim == x.shape[-1]:
         return turned
