@@ -79,6 +79,11 @@ def test_more_than_the_memorys_speed_is_explained() -> None:
     assert "come out of caches" in report.sentences(report.figures(SUBJECT, WORKLOAD, fast))[1]
 
 
+def test_a_restless_machine_is_named() -> None:
+    restless = Timings((1.0,), (0.2,), (20.0, 10.0, 31.0), 1)
+    assert "went from 10.0 to 31.0 GB/s" in report.sentences(report.figures(SUBJECT, WORKLOAD, restless))[1]
+
+
 def test_the_table_has_all_that_is_known() -> None:
     found = report.figures(SUBJECT, WORKLOAD, TIMINGS)
     console = Console(width=100)

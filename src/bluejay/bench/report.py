@@ -13,6 +13,8 @@ from bluejay.bench.workload import Workload
 if TYPE_CHECKING:
     from rich.table import Table
 
+RESTLESS = 1.5  # readings on a machine with nothing else to do stay within a factor of 1.25
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -88,6 +90,9 @@ def sentences(found: dict[str, str | int | float | None]) -> list[str]:
     )
     if f["bandwidth_ratio"] > 1:
         reads += " More than all of it: the weights come out of caches, or the machine's speed changed meanwhile."
+    slowest, fastest = f["read_bandwidth_gb_per_s_min"], f["read_bandwidth_gb_per_s_max"]
+    if fastest > RESTLESS * slowest:
+        reads += f" Memory's speed went from {slowest:.1f} to {fastest:.1f} GB/s meanwhile: measure again, or longer."
     return [
         f"Decodes {f['decode_tokens_per_s']:.2f} tokens/s, {f['decode_ms_per_step']:.1f} ms a step for {rows}; reads "
         f"prompts at {f['prefill_tokens_per_s']:.1f} tokens/s.",
