@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
 from bluejay.errors import KernelError
 
@@ -112,11 +113,12 @@ def _plain(x: Tensor, name: str) -> Tensor:
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function of the extension, with tensors as capsules: its own way to ask a tensor takes ten times as long."""
     try:
-        return function(*args)
+        return function(*[to_dlpack(arg) if isinstance(arg, Tensor) else arg for arg in args])
     except ValueError as error:
         raise KernelError(str(error)) from None
-    except TypeError:  # nanobind's message lists C++ types, which say nothing to who calls
+    except (TypeError, BufferError, NotImplementedError):  # the messages list C++ types, which say nothing to who calls
         given = ", ".join(_described(arg) for arg in args)
         raise KernelError(
             f"{function.__name__}: no kernel takes ({given}); tensors must be dense, on the CPU"
