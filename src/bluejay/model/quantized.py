@@ -300,7 +300,7 @@ def quantize(
         on_progress: called with the weights quantised so far and the weights in all.
     Returns: the same network, now computing in float32.
     Raises: ConfigError for other numbers, or a network that is quantised or not on the CPU; KernelError for weights
-        that are NaN or infinite.
+        that are NaN or infinite, the network then being quantised in part.
     """
     quantization = Quantization(bits, group_size)
     if is_quantized(model):
