@@ -31,4 +31,17 @@ void gelu_new(float* x, int64_t count) {
     }
 }
 
+void rotate(float* x, const float* turns, int64_t tokens, int64_t heads, int64_t head_dim, int64_t pairs) {
+    const ElementwiseKernels& kernel = kernels();
+    const auto one = [&](int64_t token) {
+        for (int64_t head = 0; head < heads; ++head)
+            kernel.rotate_head(x + (token * heads + head) * head_dim, turns + token * 2 * pairs, pairs);
+    };
+    if (tokens * heads * pairs <= 4 * kPiece) {
+        for (int64_t token = 0; token < tokens; ++token) one(token);
+    } else {
+        parallel_for(tokens, one);
+    }
+}
+
 }  // namespace bluejay

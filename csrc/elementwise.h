@@ -8,8 +8,13 @@ namespace bluejay {
 // x = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), in place. Results do not depend on the number of threads.
 void gelu_new(float* x, int64_t count);
 
+// Turn the first `pairs` pairs of each head, in place: x [tokens, heads, head_dim] float32; turns [tokens, pairs], each the
+// cosine and the sine of an angle.
+void rotate(float* x, const float* turns, int64_t tokens, int64_t heads, int64_t head_dim, int64_t pairs);
+
 struct ElementwiseKernels {
     void (*gelu_new)(float* x, int64_t count);
+    void (*rotate_head)(float* x, const float* turns, int64_t pairs);
 };
 
 extern const ElementwiseKernels elementwise_portable;

@@ -24,5 +24,14 @@ void gelu_new_row(float* x, int64_t count) {
     memcpy(x + i, rest, (count - i) * sizeof(float));
 }
 
+// Multiply complex numbers; neighbours in memory are one.
+void rotate_head(float* x, const float* turns, int64_t pairs) {
+    for (int64_t i = 0; i < 2 * pairs; i += 2) {
+        const float even = x[i], odd = x[i + 1];
+        x[i] = even * turns[i] - odd * turns[i + 1];
+        x[i + 1] = even * turns[i + 1] + odd * turns[i];
+    }
+}
+
 }  // namespace
 }  // namespace bluejay

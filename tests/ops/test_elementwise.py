@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from bluejay import ops
 from bluejay.errors import KernelError
+from bluejay.ops import reference
 
 NATIVE = [name for name in ops.available_voices() if name != ops.REFERENCE]
 
@@ -78,3 +79,43 @@ def test_gelu_new_names_what_it_does_not_take(name, x):
     with pytest.raises(KernelError, match=r"x is float.* expected float32, contiguous"):
         ops.gelu_new_(x)
     assert torch.equal(x, before)
+
+
+def turns_of(tokens, pairs):
+    return torch.polar(torch.ones(*tokens, 1, pairs), torch.randn(*tokens, 1, pairs))
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "dim", "pairs"),
+    [((1, 1), 16, 256, 32), ((3,), 2, 5, 2), ((2, 70), 16, 64, 32), ((0,), 2, 8, 4)],
+)
+def test_rotate_is_the_reference_with_any_threads(name, tokens, heads, dim, pairs):
+    x, turns = torch.randn(*tokens, heads, dim), turns_of(tokens, pairs)
+    expected = reference.rotate_(x.clone(), turns)
+    torch.testing.assert_close(expected[..., 2 * pairs :], x[..., 2 * pairs :], atol=0, rtol=0)
+    ops.choose(name)
+    for threads in (1, 2, 3):
+        ops.set_num_threads(threads)
+        given = x.clone()
+        assert ops.rotate_(given, turns) is given
+        torch.testing.assert_close(given, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*NATIVE, ops.REFERENCE])
+@pytest.mark.parametrize(
+    ("x", "turns", "message"),
+    [
+        (torch.ones(2, 3, 8).double(), turns_of((2,), 4), "x is float64"),
+        (torch.ones(2, 8, 3).mT, turns_of((2,), 1), "x is float32"),
+        (torch.ones(8), turns_of((), 4), "x is float32"),
+        (torch.ones(2, 3, 8), turns_of((3,), 4), "turns is complex64"),
+        (torch.ones(2, 3, 8), turns_of((2,), 5), "turns is complex64"),
+        (torch.ones(2, 3, 8), torch.ones(2, 1, 4), "turns is float32"),
+        (torch.ones(2, 3, 8), turns_of((2,), 8)[..., ::2], "turns is complex64"),
+    ],
+)
+def test_rotate_names_what_it_does_not_take(name, x, turns, message):
+    ops.choose(name)
+    with pytest.raises(KernelError, match=message):
+        ops.rotate_(x, turns)

@@ -6,6 +6,7 @@ Source: Wang and Komatsuzaki 2021, mesh-transformer-jax (layers.py); parameter n
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.n_head = config.n_head
+        self.rotate: Callable[[Tensor, Tensor], Tensor] = rotate
         self.scale = 1 / math.sqrt(config.head_dim)
         self.q_proj = Linear(config.n_embd, config.n_embd, bias=False)
         self.k_proj = Linear(config.n_embd, config.n_embd, bias=False)
@@ -32,8 +34,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, turns: Tensor, attend: Attend) -> Tensor:
         heads = (*x.shape[:-1], self.n_head, -1)
-        q = rotate(self.q_proj(x).view(heads), turns)
-        k = rotate(self.k_proj(x).view(heads), turns)
+        q = self.rotate(self.q_proj(x).view(heads), turns)
+        k = self.rotate(self.k_proj(x).view(heads), turns)
         v = self.v_proj(x).view(heads)
         mixed = attend(self.layer, q, k, v, scale=self.scale, window=None)
         return self.out_proj(mixed.flatten(-2))  # type: ignore[no-any-return]

@@ -145,6 +145,11 @@ def gelu_new_(x: Tensor) -> Tensor:
     return native.gelu_new_(x) if _is_native(x) else reference.gelu_new_(x)
 
 
+def rotate_(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the pairs of each head by their positions' angles, in place: x [..., H, K], turns [..., 1, P] complex64."""
+    return native.rotate_(x, turns) if _is_native(x) else reference.rotate_(x, turns)
+
+
 def read_sum(buffer: Tensor) -> int:
     """Read a buffer of bytes once, with all threads, and add its 64-bit words up: what a memory's speed is told by."""
     return native.read_sum(buffer) if _is_native(buffer) else reference.read_sum(buffer)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack
 
 from bluejay.errors import KernelError
+from bluejay.ops.reference import check_rotate
 
 
 class Missing(ImportError):
@@ -100,6 +100,15 @@ def gelu_new_(x: Tensor) -> Tensor:
     return x
 
 
+def rotate_(x: Tensor, turns: Tensor) -> Tensor:
+    """As `reference.rotate_`."""
+    check_rotate(x, turns)
+    tokens = turns.shape[:-2].numel()
+    heads = _plain(x, "x").view(tokens, *x.shape[-2:])
+    _call(extension().rotate_, heads, torch.view_as_real(turns).view(tokens, turns.shape[-1], 2))
+    return x
+
+
 def read_sum(buffer: Tensor) -> int:
     """As `reference.read_sum`."""
     return int(_call(extension().read_sum, buffer))
@@ -109,20 +118,28 @@ def _plain(x: Tensor, name: str) -> Tensor:
     """The tensor without its history: kernels have no gradient."""
     if x.requires_grad and torch.is_grad_enabled():
         raise KernelError(f"{name} asks for a gradient, which these kernels do not have; use torch.inference_mode()")
-    return x.detach() if x.requires_grad else x
+    return (x.detach() if x.requires_grad else x).resolve_neg()
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function of the extension, with tensors as capsules: its own way to ask a tensor takes ten times as long."""
     try:
-        return function(*[to_dlpack(arg) if isinstance(arg, Tensor) else arg for arg in args])
+        return function(*map(_handed_over, args))
     except ValueError as error:
         raise KernelError(str(error)) from None
-    except (TypeError, BufferError, NotImplementedError):  # the messages list C++ types, which say nothing to who calls
+    except (TypeError, BufferError):  # nanobind's message lists C++ types, which say nothing to who calls
         given = ", ".join(_described(arg) for arg in args)
         raise KernelError(
             f"{function.__name__}: no kernel takes ({given}); tensors must be dense, on the CPU"
         ) from None
+
+
+def _handed_over(arg: Any) -> Any:
+    """A tensor as a DLPack capsule. Asked by the extension, it would make one too, but in ten times as long."""
+    if not isinstance(arg, Tensor):
+        return arg
+    if arg.layout != torch.strided:
+        raise TypeError
+    return torch.to_dlpack(arg)  # type: ignore[attr-defined]  # documented, but not in __all__
 
 
 def _described(arg: Any) -> str:

@@ -323,6 +323,32 @@ def gelu_new_(x: Tensor) -> Tensor:
     return x.copy_(F.gelu(x, approximate="tanh"))
 
 
+def rotate_(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the first dims of each head, in place; dims 2i and 2i+1 are one pair, and pairs are complex numbers.
+
+    Shapes (H heads, K head dim, P pairs): x [..., H, K] float32, contiguous; turns [..., 1, P] complex64, contiguous.
+    Source: Su et al. 2021 (arXiv:2104.09864), section 3.4.2.
+    """
+    check_rotate(x, turns)
+    pairs = turns.shape[-1]
+    turned = torch.view_as_complex(x[..., : 2 * pairs].reshape(*x.shape[:-1], pairs, 2)) * turns
+    x[..., : 2 * pairs] = torch.view_as_real(turned).flatten(-2)
+    return x
+
+
+def check_rotate(x: Tensor, turns: Tensor) -> None:
+    """Check what `rotate_` gets. Raises: KernelError."""
+    _check(
+        x.dtype == torch.float32 and x.dim() >= 2 and x.is_contiguous(),
+        f"x is {_described(x)} with strides {list(x.stride())}, expected float32 [..., H, K], contiguous",
+    )
+    fitting = turns.dim() == x.dim() and turns.shape[:-1] == (*x.shape[:-2], 1) and 2 * turns.shape[-1] <= x.shape[-1]
+    _check(
+        turns.dtype == torch.complex64 and fitting and turns.is_contiguous(),
+        f"turns is {_described(turns)}, expected complex64 [..., 1, pairs], contiguous, for x {_described(x)}",
+    )
+
+
 def read_sum(buffer: Tensor) -> int:
     """Add up the 64-bit words of a buffer, [n] uint8 with n a multiple of 64; beyond 64 bits the sum wraps around."""
     if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.shape[0] % 64:
