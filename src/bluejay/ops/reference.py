@@ -331,7 +331,7 @@ def rotate_(x: Tensor, turns: Tensor) -> Tensor:
     """
     check_rotate(x, turns)
     pairs = turns.shape[-1]
-    turned = torch.view_as_complex(x[..., : 2 * pairs].reshape(*x.shape[:-1], pairs, 2)) * turns
+    turned = torch.view_as_complex(x[..., : 2 * pairs].contiguous().view(*x.shape[:-1], pairs, 2)) * turns
     x[..., : 2 * pairs] = torch.view_as_real(turned).flatten(-2)
     return x
 
