@@ -188,3 +188,14 @@ def test_the_interpreter_ends_while_the_pool_sleeps():
     code = "import torch; from bluejay import ops; ops.set_num_threads(3); ops.read_sum(torch.zeros(2**20).byte())"
     done = run(code)
     assert (done.stderr, done.returncode) == ("", 0)
+
+
+@needs_kernels
+def test_tensors_of_another_layout_are_refused_and_lazy_ones_are_worked_out():
+    ops.choose("auto")
+    with pytest.raises(KernelError, match="must be dense"):
+        ops.linear_int8(torch.zeros(2, 64), *int8_layer(), torch.zeros(48).to_sparse(), out_features=48)
+    lazy = torch.randn(2, 64, dtype=torch.complex64).conj().imag  # a view that remembers to change the sign
+    assert lazy.is_neg()
+    found = ops.linear_int8(lazy, *int8_layer(), None, out_features=48)
+    assert torch.equal(found, ops.linear_int8(lazy.clone().resolve_neg(), *int8_layer(), None, out_features=48))
