@@ -6,6 +6,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from bluejay import ops
 from bluejay.checkpoints import open_checkpoint, save
 from bluejay.cli.convert import convert
 from bluejay.errors import CheckpointError, ConfigError
@@ -83,6 +84,16 @@ def test_quantised_models_are_written_by_quantize(source, tmp_path, name):
     result = run(tmp_path / "out", tmp_path / "floats", "--dtype", "float32")
     assert result.exit_code == 0, result.output
     assert {info.dtype for info in open_checkpoint(tmp_path / "floats").tensors().values()} == {torch.float32}
+
+
+def test_quantising_uses_the_threads_of_the_settings(source, tmp_path, monkeypatch):
+    before = ops.num_threads()
+    monkeypatch.setenv("BLUEJAY_THREADS", "3")
+    try:
+        assert run(source, tmp_path / "out", "--quantize", "int8").exit_code == 0
+        assert ops.num_threads() == 3
+    finally:
+        ops.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

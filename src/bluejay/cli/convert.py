@@ -98,10 +98,13 @@ def convert(
         TransferSpeedColumn,
     )
 
-    from bluejay import checkpoints
+    from bluejay import checkpoints, ops
     from bluejay.checkpoints import hub
     from bluejay.model.quantized import QUANTIZED_DTYPES, Quantization
+    from bluejay.settings import load_settings
 
+    if threads := load_settings().threads:
+        ops.set_num_threads(threads)
     wanted = None if quantize is None else Quantization(QUANTIZED_DTYPES[quantize], group_size or 32)
     columns = (
         TextColumn("converting"),
