@@ -59,7 +59,7 @@ def linear_int4(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, 
 
 
 def _linear(bits: int, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    x = _plain(x, "x").contiguous()
+    x = _plain(x, "x").resolve_neg().contiguous()
     if out_features < 1:
         raise KernelError(f"out_features is {out_features}, expected at least 1")
     out = torch.empty(*x.shape[:-1], out_features, dtype=torch.float32, device="cpu")
@@ -79,7 +79,7 @@ def paged_attention(
     window: int | None = None,
 ) -> Tensor:
     """As `reference.paged_attention`."""
-    q = _plain(q, "q").contiguous()
+    q = _plain(q, "q").resolve_neg().contiguous()
     out = torch.empty_like(q)
     batch = (block_tables.contiguous(), context_lens.contiguous(), query_starts.contiguous())
     _call(extension().paged_attention, out, q, k_cache, v_cache, *batch, scale, window)
@@ -88,7 +88,7 @@ def paged_attention(
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """As `reference.write_kv`."""
-    k, v = _plain(k, "k").contiguous(), _plain(v, "v").contiguous()
+    k, v = (_plain(x, name).resolve_neg().contiguous() for x, name in ((k, "k"), (v, "v")))
     _call(extension().write_kv, k, v, k_cache, v_cache, slots.contiguous())
 
 
@@ -118,7 +118,7 @@ def _plain(x: Tensor, name: str) -> Tensor:
     """The tensor without its history: kernels have no gradient."""
     if x.requires_grad and torch.is_grad_enabled():
         raise KernelError(f"{name} asks for a gradient, which these kernels do not have; use torch.inference_mode()")
-    return (x.detach() if x.requires_grad else x).resolve_neg()
+    return x.detach() if x.requires_grad else x
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
@@ -137,7 +137,7 @@ def _handed_over(arg: Any) -> Any:
     """A tensor as a DLPack capsule. Asked by the extension, it would make one too, but in ten times as long."""
     if not isinstance(arg, Tensor):
         return arg
-    if arg.layout != torch.strided:
+    if arg.layout != torch.strided or arg.is_neg():  # neither is in the capsule
         raise TypeError
     return torch.to_dlpack(arg)  # type: ignore[attr-defined]  # documented, but not in __all__
 
