@@ -199,3 +199,16 @@ def test_tensors_of_another_layout_are_refused_and_lazy_ones_are_worked_out():
     assert lazy.is_neg()
     found = ops.linear_int8(lazy, *int8_layer(), None, out_features=48)
     assert torch.equal(found, ops.linear_int8(lazy.clone().resolve_neg(), *int8_layer(), None, out_features=48))
+
+
+def test_the_command_line_tells_of_missing_kernels_in_one_line():
+    code = (
+        "import sys; sys.modules['bluejay.ops._native'] = None; from bluejay.cli import main; "
+        "sys.argv = ['bluejay', 'generate', '--dtype', 'int8', '--max-new-tokens', '2', 'Once']; main()"
+    )
+    done = run(code)
+    warned = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert done.returncode == 0, done.stderr
+    assert len(warned) == 1
+    assert "without kernels: they were not compiled" in warned[0]
+    assert "RuntimeWarning" not in done.stderr

@@ -7,7 +7,8 @@ Torch takes a second to import, so verbs import what they need when they run: `-
 from __future__ import annotations
 
 import sys
-from typing import Annotated, NoReturn
+import warnings
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -63,6 +64,7 @@ def main() -> None:
 
     Typer itself sees to Ctrl-C (130) and to a reader that left (1).
     """
+    warnings.showwarning = _show_warning
     try:
         app()
     except BluejayError as error:
@@ -74,6 +76,12 @@ def main() -> None:
         if not isinstance(error, OSError):
             raise
         _fail(f"{error}; see that it exists, may be read or written, and that the disk has room", 1)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """One line, as for errors; the place in the code says nothing to who typed a command."""
+    typer.secho("warning: ", fg="yellow", bold=True, nl=False, err=True)
+    typer.echo(str(message), err=True)
 
 
 def _fail(message: str, code: int) -> NoReturn:
