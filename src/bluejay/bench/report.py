@@ -13,7 +13,7 @@ from bluejay.bench.workload import Workload
 if TYPE_CHECKING:
     from rich.table import Table
 
-RESTLESS = 1.5  # readings on a machine with nothing else to do stay within a factor of 1.25
+RESTLESS = 1.5  # fastest over slowest reading: 1.2 in the quietest runs on two shared cores, 2 to 8 in restless ones
 
 
 @dataclass(frozen=True)
