@@ -69,7 +69,7 @@ BLUEJAY_INLINE Vec exp_negative(Vec x) {
     p = multiply_add(p, r, splat(1.6666665459e-1f));
     p = multiply_add(p, r, splat(5.0000001201e-1f));
     p = multiply_add(p, r * r, r) + 1.0f;
-    const Ints exponent = as<Ints>(shifted) - as<Ints>(magic);
+    const Bits exponent = as<Bits>(shifted) - as<Bits>(magic);  // far below -87.3 it wraps around, and is not used
     const Vec power = as<Vec>((exponent + 127) << 23);
     return x < -87.3f ? Vec{} : p * power;
 }
