@@ -30,6 +30,8 @@ GOALS = {
     ("Bluejay int4", "prefill, 512 tokens"): 1.3,
 }
 
+FEWEST_ROUNDS = 5
+
 Found = dict[str, Any]
 
 
@@ -179,6 +181,9 @@ def _provenance(found: Found) -> str:
         "- Versions: " + "; ".join(f"{name}: {version}" for name, version in versions.items()),
         f"- Commit {commit}, {found['date']}: `{found['command']}`",
     ]
+    rounds = min(len(task) for contestant in found["contestants"].values() for task in contestant["readings"].values())
+    if rounds < FEWEST_ROUNDS:
+        parts.append(f"- Preliminary: {rounds} rounds, fewer than {FEWEST_ROUNDS}; not to be quoted.")
     if loud:
         parts.append(
             f"- The machine was not quiet: during {loud} of {len(readings)} readings other processes took more than "

@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 
 import torch
-from benchmarks.contestants.protocol import Answer, arguments, serve
+from benchmarks.contestants.protocol import Answer, arguments, serve, step_seconds
 from benchmarks.shape import Shape
 
 import bluejay
@@ -48,8 +48,7 @@ class Contestant:
         }
 
     def decode(self, batch: int, prompt: int, steps: int) -> Answer:
-        short = self._generate(batch, prompt, 1)
-        return {"seconds": (self._generate(batch, prompt, 1 + steps) - short) / steps}
+        return {"seconds": step_seconds(self._generate, batch, prompt, steps)}
 
     def prefill(self, tokens: int) -> Answer:
         return {"seconds": self._generate(1, tokens, 1)}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import ctranslate2
 import numpy as np
-from benchmarks.contestants.protocol import Answer, arguments, serve
+from benchmarks.contestants.protocol import Answer, arguments, serve, step_seconds
 from benchmarks.shape import Shape
 from ctranslate2.specs import TransformerDecoderModelSpec, common_spec
 
@@ -104,8 +104,7 @@ class Contestant:
         }
 
     def decode(self, batch: int, prompt: int, steps: int) -> Answer:
-        short = self._generate(batch, prompt, 1)
-        return {"seconds": (self._generate(batch, prompt, 1 + steps) - short) / steps}
+        return {"seconds": step_seconds(self._generate, batch, prompt, steps)}
 
     def prefill(self, tokens: int) -> Answer:
         return {"seconds": self._generate(1, tokens, 1)}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 from benchmarks.contestants.openvino_weights import compiled, linear
-from benchmarks.contestants.protocol import Answer, arguments, serve
+from benchmarks.contestants.protocol import Answer, arguments, serve, step_seconds
 from benchmarks.shape import Shape
 from openvino import opset13 as op
 from openvino.op.util import Variable, VariableInfo
@@ -127,8 +127,7 @@ class Contestant:
         return {"version": ov.__version__, "threads": self.threads}
 
     def decode(self, batch: int, prompt: int, steps: int) -> Answer:
-        short = self._generate(batch, prompt, 1)
-        return {"seconds": (self._generate(batch, prompt, 1 + steps) - short) / steps}
+        return {"seconds": step_seconds(self._generate, batch, prompt, steps)}
 
     def prefill(self, tokens: int) -> Answer:
         return {"seconds": self._generate(1, tokens, 1)}

@@ -28,6 +28,19 @@ def arguments() -> dict[str, Any]:
     return given
 
 
+def step_seconds(generate: Callable[[int, int, int], float], batch: int, prompt: int, steps: int) -> float:
+    """Seconds of one step of decoding, out of the difference of two lengths: prompts and the cost of a call drop out.
+
+    Args:
+        generate: seconds for so many rows, tokens of each prompt, and new tokens.
+    """
+    # A contestant that was just woken has cold caches and sleeping threads. That would lengthen the short run only,
+    # and what is too much in it is missing in the difference: so one run comes first that does not count.
+    generate(batch, prompt, 2)
+    short = generate(batch, prompt, 1)
+    return (generate(batch, prompt, 1 + steps) - short) / steps
+
+
 def serve(calls: Mapping[str, Callable[..., Answer]]) -> None:
     """Answer until stdin ends."""
     # Whatever a library prints must not mix with the answers: they go to a copy of stdout, and stdout joins stderr.

@@ -9,7 +9,7 @@ import time
 
 import torch
 import transformers
-from benchmarks.contestants.protocol import Answer, arguments, serve
+from benchmarks.contestants.protocol import Answer, arguments, serve, step_seconds
 from benchmarks.shape import Shape
 from transformers import GPTJConfig, GPTJForCausalLM
 from transformers.modeling_utils import no_init_weights
@@ -38,8 +38,7 @@ class Contestant:
         return {"version": transformers.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
 
     def decode(self, batch: int, prompt: int, steps: int) -> Answer:
-        short = self._generate(batch, prompt, 1)
-        return {"seconds": (self._generate(batch, prompt, 1 + steps) - short) / steps}
+        return {"seconds": step_seconds(self._generate, batch, prompt, steps)}
 
     def prefill(self, tokens: int) -> Answer:
         return {"seconds": self._generate(1, tokens, 1)}
