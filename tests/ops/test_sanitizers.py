@@ -39,7 +39,18 @@ def test_the_kernels_tests_pass_under_sanitizers() -> None:
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     ignored = [f"--ignore=tests/ops/{name}" for name in LEFT_OUT]
-    options = ["-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", LEFT_OUT_BY_NAME, "tests/ops", *ignored]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--capture=sys",
+        "-m",
+        "not slow",
+        "-k",
+        LEFT_OUT_BY_NAME,
+        "tests/ops",
+        *ignored,
+    ]
     command = [sys.executable, "-c", RUN, str(extension), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environ, timeout=900, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
