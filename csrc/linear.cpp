@@ -98,15 +98,14 @@ private:
 
     // Bring the rows' digits of one group side by side, at `to`.
     void interleave(const Row* scratch, int num_rows, int64_t g, int64_t to, int64_t tile, int bits) {
-        bool wide = false;
-        for (int r = 0; r < num_rows; ++r) wide |= scratch[r].wide[g] != 0;
-        wide_[tile * groups_ + g] = wide;
+        uint8_t& wide = wide_[tile * groups_ + g] = 0;
         for (int r = 0; r < num_rows; ++r) {
             const Row& row = scratch[r];
             place(&row.low[g * kGroup], &low_[to * kGroupQuads + r], num_rows);
             low_start_[to + r] = sum_start(&row.low[g * kGroup], bits);
             scale_[to + r] = row.scale[g];
-            if (!wide) continue;
+            if (!row.wide[g]) continue;
+            wide |= static_cast<uint8_t>(1 << r);
             place(&row.high[g * kGroup], &high_[to * kGroupQuads + r], num_rows);
             high_start_[to + r] = sum_start(&row.high[g * kGroup], bits);
         }

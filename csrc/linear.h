@@ -50,7 +50,7 @@ struct Digits {
     const int32_t* low_start;     // [groups][rows]: -offset * sum of the low digits (int4: two int16 that add up to it)
     const int32_t* high_start;
     const float* scale;           // [groups][rows]
-    const uint8_t* wide;          // [groups]: whether any of the rows has high digits there
+    const uint8_t* wide;          // [groups]: a bit for each row that has high digits there
 };
 
 // Memory to be fetched while a tile is worked on: so many cache lines with each of its groups.

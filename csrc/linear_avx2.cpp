@@ -59,14 +59,19 @@ inline void add_group(__m256i (&acc)[ROWS][2], const uint8_t* weight, const int3
     }
 }
 
-// Outlier features: sum += 128 * (weights · high digits). Rare, so kept out of the fast loop and its registers.
+// Outlier features: sum += 128 * (weights · high digits), for the rows that have any. Kept out of the fast loop and its
+// registers.
 template <int ROWS>
 __attribute__((noinline)) void add_high(__m256i (&acc)[ROWS][2], const uint8_t* weight, const int32_t* x,
-                                        const int32_t* start) {
-    __m256i high[ROWS][2];
-    add_group<ROWS, Kind::int8>(high, weight, x, start);
-    for (int m = 0; m < ROWS; ++m)
-        for (int n = 0; n < 2; ++n) acc[m][n] = _mm256_add_epi32(acc[m][n], _mm256_slli_epi32(high[m][n], 7));
+                                        const int32_t* start, unsigned wide) {
+    for (int m = 0; m < ROWS; ++m) {
+        if (!(wide >> m & 1)) continue;
+        __m256i high[1][2] = {{_mm256_set1_epi32(start[m]), _mm256_set1_epi32(start[m])}};
+#pragma GCC unroll 8
+        for (int quad = 0; quad < kGroupQuads; ++quad)
+            add_quad<1, true>(high, load(weight + 64 * quad), load(weight + 64 * quad + 32), x + quad * ROWS + m);
+        for (int n = 0; n < 2; ++n) acc[m][n] = _mm256_add_epi32(acc[m][n], _mm256_slli_epi32(high[0][n], 7));
+    }
 }
 
 template <int ROWS, Kind KIND>
@@ -85,7 +90,8 @@ void tile(const uint8_t* weight, const Digits& digits, const float* scales, int6
         if (KIND == Kind::int8 && digits.wide[g]) {
             __m256i copy[ROWS][2];
             std::memcpy(copy, acc, sizeof acc);
-            add_high<ROWS>(copy, weight, digits.high + g * kGroupQuads * ROWS, digits.high_start + g * ROWS);
+            add_high<ROWS>(copy, weight, digits.high + g * kGroupQuads * ROWS, digits.high_start + g * ROWS,
+                           digits.wide[g]);
             std::memcpy(acc, copy, sizeof acc);
         }
 #pragma GCC unroll 4

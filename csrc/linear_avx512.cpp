@@ -53,10 +53,14 @@ void tile(const uint8_t* weight, const Digits& digits, const float* scales, int6
         __m512i acc[ROWS][2];
         add_group<ROWS, KIND>(acc, weight, digits.low + g * kGroupQuads * ROWS, digits.low_start + g * ROWS);
         if (KIND == Kind::int8 && digits.wide[g]) {
-            __m512i high[ROWS][2];
-            add_group<ROWS, Kind::int8>(high, weight, digits.high + g * kGroupQuads * ROWS, digits.high_start + g * ROWS);
-            for (int m = 0; m < ROWS; ++m)
-                for (int n = 0; n < 2; ++n) acc[m][n] = _mm512_add_epi32(acc[m][n], _mm512_slli_epi32(high[m][n], 7));
+            for (int m = 0; m < ROWS; ++m) {
+                if (!(digits.wide[g] >> m & 1)) continue;
+                __m512i high = _mm512_set1_epi32(digits.high_start[g * ROWS + m]);
+                const int32_t* x = digits.high + g * kGroupQuads * ROWS + m;
+                for (int quad = 0; quad < kGroupQuads; ++quad)
+                    high = _mm512_dpbusd_epi32(high, load(weight + 64 * quad), _mm512_set1_epi32(x[quad * ROWS]));
+                acc[m][0] = _mm512_add_epi32(acc[m][0], _mm512_slli_epi32(high, 7));
+            }
         }
 #pragma GCC unroll 4
         for (int m = 0; m < ROWS; ++m) {

@@ -45,7 +45,7 @@ void tile(const uint8_t* weight, const Digits& digits, const float* scales, int6
             const int32_t whole = KIND == Kind::int8 ? start : static_cast<int16_t>(start) + static_cast<int16_t>(start >> 16);
             std::fill_n(sum, kTileOutputs, whole);
             add_group<KIND>(sum, weight, digits.low + g * kGroupQuads * ROWS + m, ROWS);
-            if (KIND == Kind::int8 && digits.wide[g]) {
+            if (KIND == Kind::int8 && digits.wide[g] >> m & 1) {
                 std::fill_n(high, kTileOutputs, digits.high_start[g * ROWS + m]);
                 add_group<KIND>(high, weight, digits.high + g * kGroupQuads * ROWS + m, ROWS);
             }
