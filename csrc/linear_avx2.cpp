@@ -175,7 +175,7 @@ void store_bytes(const __m256i (&q)[4], int8_t* out) {
 void avx2_quantize_row(const float* x, int64_t count, int64_t padded, int bits, int8_t* low, int8_t* high, float* scale,
                   uint8_t* wide) {
     const float squares = sum_of_squares(x, count);
-    const float threshold = 4.0f * std::sqrt(squares / static_cast<float>(count));
+    const float threshold = 5.0f * std::sqrt(squares / static_cast<float>(count));
     const bool finite = std::isfinite(squares);
     for (int64_t first = 0; first < padded; first += kGroup, low += kGroup, high += kGroup, ++scale, ++wide) {
         alignas(32) float rest[kGroup] = {};

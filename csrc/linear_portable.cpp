@@ -106,7 +106,7 @@ void quantize_row(const float* x, int64_t count, int64_t padded, int bits, int8_
                   uint8_t* wide) {
     float squares = 0;
     for (int64_t i = 0; i < count; ++i) squares += x[i] * x[i];
-    const float threshold = 4.0f * std::sqrt(squares / static_cast<float>(count));
+    const float threshold = 5.0f * std::sqrt(squares / static_cast<float>(count));
     for (int64_t first = 0; first < padded; first += kGroup)
         quantize_group(x + std::min(first, count), std::clamp<int64_t>(count - first, 0, kGroup), bits, threshold, low + first,
                        high + first, scale + first / kGroup, wide + first / kGroup);
