@@ -15,7 +15,7 @@
 namespace bluejay {
 namespace {
 
-constexpr int64_t kBlockGroups = 16;  // 512 inputs: 8 KiB of weights, which stay in a first-level cache
+constexpr int64_t kBlockGroups = 32;  // 1,024 inputs: 16 KiB of weights, half of a first-level cache
 constexpr int64_t kMaxRows = 512;     // rows whose digits and sums stay in the outer caches from tile to tile
 constexpr int64_t kShortly = 2048;    // bytes: what a core asks for in the time in which memory answers
 constexpr int64_t kLine = 64;         // bytes of a cache line
