@@ -4,12 +4,12 @@
 // 64 weights of an output has one float16 scale. Within a group everything is integer and exact; groups are added in
 // float32, in order. So a row's result depends on nothing but the row: not on the other rows, not on the threads.
 //
-//   int8: weight w in [-112, 112], stored as w + 112; digit in [-73, 73]. Two products of an unsigned weight and a signed
-//         digit fit 16 bits (224 * 73 * 2 = 32,704): the one multiply-add that AVX2 has for bytes, vpmaddubsw, needs that.
-//         A group that stands out of its row (an outlier feature) gets two digits, value = 128 * high + low.
-//   int4: weight w in [-8, 7], stored as w + 8; digit in [-127, 127]. Eight such sums fit 16 bits.
+//   int8: weight w in [-90, 90], stored as w + 90. Digits are such that of 4 inputs whose products meet in one lane of 16
+//         bits, the positive ones add up to 182 at most, and so do the negative ones: 180 * 182 = 32,760 fits. A group of
+//         inputs that stands out of its row (an outlier feature) gets two digits, value = 91 * high + low.
+//   int4: weight w in [-8, 7], stored as w + 8; digit in [-127, 127]. Sixteen such products fit 16 bits.
 //
-// The stored offset (112 or 8) is taken out by where a group's sum starts: at -offset * (sum of its digits).
+// The stored offset (90 or 8) is taken out by where a group's sum starts: at -offset * (sum of its digits).
 //
 // Weights lie in tiles of 16 outputs, 4 inputs ("a quad") beside one another, as the multiply-add reads them:
 //
@@ -17,7 +17,9 @@
 //   int4   pair j: the same 64 bytes, low halves quad 2j, high halves quad 2j+1
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 
 namespace bluejay {
 
@@ -25,6 +27,19 @@ constexpr int kTileOutputs = 16;
 constexpr int kTileRows = 4;      // 4 rows x 16 outputs: 8 sums, the weights and one digit fit AVX2's 16 registers
 constexpr int kGroup = 32;        // inputs that share one scale of the activations
 constexpr int kGroupQuads = kGroup / 4;
+
+// Of int8 weights and of activations; see ops/reference.py.
+constexpr int kOffset8 = 90, kOffset4 = 8;
+constexpr float kMost = 127;            // the largest digit
+constexpr float kMostOfFour = 180;      // what four digits of one sign may add up to, before they are rounded
+constexpr int kDigitBase = 91;
+constexpr float kMostWide = 90 * 91;    // the largest value of two digits
+constexpr float kOutlier = 6;           // root mean squares of a row, beyond which a group gets two
+
+// A core fetches one sequence of addresses at 24 GB/s, and two of them at 29, of the 29 that it gets in any way; four are
+// no faster, and eight slower. Along each it asks for what comes some lines later.
+constexpr int kStreams = 2;
+constexpr int64_t kShortly = 1024;      // bytes
 
 struct LinearArgs {
     int bits;                     // 8 or 4
@@ -43,11 +58,20 @@ struct LinearArgs {
 // Compute out. Several threads of the program may call at once.
 void linear(const LinearArgs& args);
 
-// One block of inputs of up to four rows, as the tile kernels read them: [.][rows], the rows of the tile side by side.
+// One row's digits as they are made: for each group 32 inputs, where its sums start, its scale, and whether it has two.
+// int8 starts are whole numbers; int4's two int16 in one, for the first and the second half of each quad.
+struct RowDigits {
+    int8_t *low, *high;
+    int32_t *low_start, *high_start;
+    float* scale;
+    uint8_t* wide;
+};
+
+// Inputs of up to four rows, as the kernels read them: [.][rows], the rows side by side.
 struct Digits {
     const int32_t* low;           // [quads][rows], each four int8
     const int32_t* high;          // the same; read only where wide is set
-    const int32_t* low_start;     // [groups][rows]: -offset * sum of the low digits (int4: two int16 that add up to it)
+    const int32_t* low_start;     // [groups][rows]
     const int32_t* high_start;
     const float* scale;           // [groups][rows]
     const uint8_t* wide;          // [groups]: a bit for each row that has high digits there
@@ -57,26 +81,69 @@ struct Digits {
 struct Ahead {
     const uint8_t* from;
     int lines;
-    bool once;                    // it will be read once: past the caches, which hold the program and its data meanwhile
 };
 
-// What one instruction set has to offer. `sums` is [rows][16], added to; `scales` are float32, one for every 32 inputs,
-// [groups][16].
+// Some tiles of outputs, one behind the other as they are stored, with all their inputs.
+struct Strip {
+    const uint8_t* weight;
+    const uint16_t* scales;
+    int64_t groups;               // of 32 inputs
+    int groups_per_scale;         // 1 or 2
+    int tiles;                    // 1 to kStreams
+    const uint8_t* end;           // of all weights
+};
+
+// What of a strip is fetched while the group at this byte of its tile t is worked on: the same tile's next ones, and behind
+// its end those of the next strip.
+inline const uint8_t* shortly(const Strip& strip, int t, int64_t byte, int64_t tile_bytes) {
+    const int64_t tile = byte + kShortly < tile_bytes ? t : t + strip.tiles - 1;
+    const uint8_t* ahead = strip.weight + tile * tile_bytes + byte + kShortly;
+    return ahead < strip.end ? ahead : strip.weight;
+}
+
+// How a group of activations becomes digits: value * factor, rounded.
+struct GroupScale {
+    float factor, scale;
+    bool wide;
+};
+
+// Args: whether the group holds NaN or infinity, its largest magnitude, for int8 the largest sum of one sign over four
+// inputs that meet, and the magnitude from which on a group holds outliers.
+inline GroupScale group_scale(bool broken, float top, float of_four, float threshold, int bits) {
+    // A NaN or an infinity makes every output of its row NaN, as it would in floating point.
+    if (broken) return {0, std::numeric_limits<float>::quiet_NaN(), false};
+    if (top < 1e-30f) return {0, 0, false};  // most / top would overflow
+    const bool wide = bits == 8 && top > threshold;
+    const float most = wide ? kMostWide : kMost;
+    const float reach = bits == 8 && !wide ? std::max(top, of_four * (kMost / kMostOfFour)) : top;
+    return {most / reach, reach / most, wide};
+}
+
+// Where a group's sum starts, by the sums of its digits: of inputs 0 and 1 of all quads, and of inputs 2 and 3.
+inline int32_t packed_start(int32_t front, int32_t back, int bits) {
+    if (bits == 8) return -kOffset8 * (front + back);
+    return static_cast<int32_t>(static_cast<uint32_t>(-kOffset4 * back) << 16 | static_cast<uint16_t>(-kOffset4 * front));
+}
+
+// What one instruction set has to offer. `sums` is [rows][16] for each tile of outputs, added to.
 struct LinearKernels {
-    void (*quantize_row)(const float* x, int64_t count, int64_t padded, int bits, int8_t* low, int8_t* high, float* scale,
-                         uint8_t* wide);
+    void (*quantize_row)(const float* x, int64_t count, int64_t padded, int bits, const RowDigits& out);
     void (*widen_scales)(const uint16_t* scales, int64_t count, int repeat, float* out);
     void (*unpack_int4)(const uint8_t* packed, int64_t pairs, uint8_t* out);
+    // For 1, 2, 3, 4 rows. A block of inputs that is in the caches, its weights one byte each; `scales` are float32, one for
+    // every 32 inputs, [groups][16].
     using Tile = void (*)(const uint8_t* weight, const Digits& digits, const float* scales, int64_t groups, float* sums,
                           Ahead ahead);
-    Tile int8[kTileRows];         // for 1, 2, 3, 4 rows
-    Tile int4[kTileRows];         // weights already unpacked, one byte each
-    Tile int4_packed[kTileRows];
+    Tile int8[kTileRows];
+    Tile int4[kTileRows];
+    // The same, weights and scales as they are stored, from memory: the tiles of a strip are read side by side.
+    using Stream = void (*)(const Strip& strip, const Digits& digits, float* sums);
+    Stream int8_stream[kTileRows];
+    Stream int4_stream[kTileRows];
 };
 
 // AVX2's, for AVX-512 to use as well.
-void avx2_quantize_row(const float* x, int64_t count, int64_t padded, int bits, int8_t* low, int8_t* high, float* scale,
-                       uint8_t* wide);
+void avx2_quantize_row(const float* x, int64_t count, int64_t padded, int bits, const RowDigits& out);
 void avx2_widen_scales(const uint16_t* scales, int64_t count, int repeat, float* out);
 void avx2_unpack_int4(const uint8_t* packed, int64_t pairs, uint8_t* out);
 

@@ -15,20 +15,28 @@ namespace {
 
 enum class Kind { int8, int4, int4_packed };
 
+template <Kind KIND>
+constexpr int64_t kGroupBytes = kTileOutputs* kGroup / (KIND == Kind::int4_packed ? 2 : 1);
+
 inline __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
-// Multiply the 4 inputs of one quad by their weights: 8 outputs x 2 sums of 16 bits.
-template <int ROWS, bool WIDEN>
-inline void add_quad(__m256i (&acc)[ROWS][2], __m256i w0, __m256i w1, const int32_t* x) {
+// Multiply two quads by their weights, 8 outputs to each of two vectors. int8: the four products that meet in 16 bits fit
+// them, and are widened; int4: the sums stay in 16 bits.
+template <int ROWS, Kind KIND>
+inline void add_pair(__m256i (&acc)[ROWS][2], const __m256i (&w)[2][2], const int32_t* x) {
     const __m256i ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 4
     for (int m = 0; m < ROWS; ++m) {
-        const __m256i digit = _mm256_set1_epi32(x[m]);
-        const __m256i p0 = _mm256_maddubs_epi16(w0, digit), p1 = _mm256_maddubs_epi16(w1, digit);
-        acc[m][0] = WIDEN ? _mm256_add_epi32(acc[m][0], _mm256_madd_epi16(p0, ones)) : _mm256_add_epi16(acc[m][0], p0);
-        acc[m][1] = WIDEN ? _mm256_add_epi32(acc[m][1], _mm256_madd_epi16(p1, ones)) : _mm256_add_epi16(acc[m][1], p1);
-        BLUEJAY_KEEP(acc[m][0]);
-        BLUEJAY_KEEP(acc[m][1]);
+        const __m256i first = _mm256_set1_epi32(x[m]), second = _mm256_set1_epi32(x[ROWS + m]);
+#pragma GCC unroll 2
+        for (int n = 0; n < 2; ++n) {
+            __m256i sum = _mm256_maddubs_epi16(w[0][n], first);
+            if (KIND != Kind::int8) sum = _mm256_add_epi16(acc[m][n], sum);
+            BLUEJAY_KEEP(sum);
+            sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w[1][n], second));
+            acc[m][n] = KIND == Kind::int8 ? _mm256_add_epi32(acc[m][n], _mm256_madd_epi16(sum, ones)) : sum;
+            BLUEJAY_KEEP(acc[m][n]);
+        }
     }
 }
 
@@ -41,71 +49,96 @@ inline void add_group(__m256i (&acc)[ROWS][2], const uint8_t* weight, const int3
             sum = _mm256_set1_epi32(start[m]);
             BLUEJAY_KEEP(sum);
         }
-    if constexpr (KIND == Kind::int4_packed) {
-        const __m256i half = _mm256_set1_epi8(15);
 #pragma GCC unroll 4
-        for (int pair = 0; pair < kGroupQuads / 2; ++pair, weight += 64, x += 2 * ROWS) {
-            const __m256i v0 = load(weight), v1 = load(weight + 32);
-            add_quad<ROWS, false>(acc, _mm256_and_si256(v0, half), _mm256_and_si256(v1, half), x);
-            add_quad<ROWS, false>(acc, _mm256_and_si256(_mm256_srli_epi16(v0, 4), half),
-                                  _mm256_and_si256(_mm256_srli_epi16(v1, 4), half), x + ROWS);
+    for (int pair = 0; pair < kGroupQuads / 2; ++pair, x += 2 * ROWS) {
+        __m256i w[2][2];
+        if constexpr (KIND == Kind::int4_packed) {
+            const __m256i half = _mm256_set1_epi8(15);
+            for (int n = 0; n < 2; ++n) {
+                const __m256i both = load(weight + 64 * pair + 32 * n);
+                w[0][n] = _mm256_and_si256(both, half);
+                w[1][n] = _mm256_and_si256(_mm256_srli_epi16(both, 4), half);
+            }
+        } else {
+            for (int n = 0; n < 4; ++n) w[n / 2][n % 2] = load(weight + 128 * pair + 32 * n);
         }
-    } else {
-#pragma GCC unroll 4
-        for (int pair = 0; pair < kGroupQuads / 2; ++pair, weight += 128, x += 2 * ROWS) {
-            add_quad<ROWS, KIND == Kind::int8>(acc, load(weight), load(weight + 32), x);
-            add_quad<ROWS, KIND == Kind::int8>(acc, load(weight + 64), load(weight + 96), x + ROWS);
-        }
+        add_pair<ROWS, KIND>(acc, w, x);
     }
 }
 
-// Outlier features: sum += 128 * (weights · high digits), for the rows that have any. Kept out of the fast loop and its
-// registers.
+// Outlier features: sum += 91 * (weights · high digits), for the rows that have any. Kept out of the fast loop and its
+// registers. High digits reach 90, so that only two products fit 16 bits.
 template <int ROWS>
 __attribute__((noinline)) void add_high(__m256i (&acc)[ROWS][2], const uint8_t* weight, const int32_t* x,
                                         const int32_t* start, unsigned wide) {
+    const __m256i ones = _mm256_set1_epi16(1), base = _mm256_set1_epi32(kDigitBase);
     for (int m = 0; m < ROWS; ++m) {
         if (!(wide >> m & 1)) continue;
-        __m256i high[1][2] = {{_mm256_set1_epi32(start[m]), _mm256_set1_epi32(start[m])}};
-#pragma GCC unroll 8
+        __m256i high[2] = {_mm256_set1_epi32(start[m]), _mm256_set1_epi32(start[m])};
         for (int quad = 0; quad < kGroupQuads; ++quad)
-            add_quad<1, true>(high, load(weight + 64 * quad), load(weight + 64 * quad + 32), x + quad * ROWS + m);
-        for (int n = 0; n < 2; ++n) acc[m][n] = _mm256_add_epi32(acc[m][n], _mm256_slli_epi32(high[0][n], 7));
+            for (int n = 0; n < 2; ++n) {
+                const __m256i w = load(weight + 64 * quad + 32 * n);
+                const __m256i products = _mm256_maddubs_epi16(w, _mm256_set1_epi32(x[quad * ROWS + m]));
+                high[n] = _mm256_add_epi32(high[n], _mm256_madd_epi16(products, ones));
+            }
+        for (int n = 0; n < 2; ++n) acc[m][n] = _mm256_add_epi32(acc[m][n], _mm256_mullo_epi32(high[n], base));
     }
 }
 
-template <int ROWS, Kind KIND>
-void tile(const uint8_t* weight, const Digits& digits, const float* scales, int64_t groups, float* sums,
-          Ahead ahead) {
-    constexpr int kBytes = kTileOutputs * kGroup / (KIND == Kind::int4_packed ? 2 : 1);
+// Multiply group g of the digits by a tile's weights, and add that to the tile's sums [ROWS][16]. `scales(n)` are those of
+// the outputs of vector n; asked for in the end, they take no register from the sums.
+template <int ROWS, Kind KIND, class Scales>
+__attribute__((always_inline)) inline void multiply_group(const uint8_t* weight, const Digits& digits, int64_t g, Scales scales, float* sums) {
+    __m256i acc[ROWS][2];
+    add_group<ROWS, KIND>(acc, weight, digits.low + g * kGroupQuads * ROWS, digits.low_start + g * ROWS);
+    if (KIND == Kind::int8 && digits.wide[g]) {
+        __m256i copy[ROWS][2];
+        std::memcpy(copy, acc, sizeof acc);
+        add_high<ROWS>(copy, weight, digits.high + g * kGroupQuads * ROWS, digits.high_start + g * ROWS, digits.wide[g]);
+        std::memcpy(acc, copy, sizeof acc);
+    }
     const __m256i ones = _mm256_set1_epi16(1);
-    const int32_t* x = digits.low;
-    for (int64_t g = 0; g < groups; ++g, weight += kBytes, x += kGroupQuads * ROWS, scales += kTileOutputs) {
-        for (int line = 0; line < ahead.lines; ++line, ahead.from += 64) {
-            if (ahead.once) _mm_prefetch(ahead.from, _MM_HINT_NTA);
-            else _mm_prefetch(ahead.from, _MM_HINT_T1);
-        }
-        __m256i acc[ROWS][2];
-        add_group<ROWS, KIND>(acc, weight, x, digits.low_start + g * ROWS);
-        if (KIND == Kind::int8 && digits.wide[g]) {
-            __m256i copy[ROWS][2];
-            std::memcpy(copy, acc, sizeof acc);
-            add_high<ROWS>(copy, weight, digits.high + g * kGroupQuads * ROWS, digits.high_start + g * ROWS,
-                           digits.wide[g]);
-            std::memcpy(acc, copy, sizeof acc);
-        }
+    const __m256 column_scales[2] = {scales(0), scales(1)};
 #pragma GCC unroll 4
-        for (int m = 0; m < ROWS; ++m) {
-            const __m256 row_scale = _mm256_set1_ps(digits.scale[g * ROWS + m]);
+    for (int m = 0; m < ROWS; ++m) {
+        const __m256 row_scale = _mm256_set1_ps(digits.scale[g * ROWS + m]);
 #pragma GCC unroll 2
-            for (int n = 0; n < 2; ++n) {
-                const __m256i sum = KIND == Kind::int8 ? acc[m][n] : _mm256_madd_epi16(acc[m][n], ones);
-                const __m256 scale = _mm256_mul_ps(row_scale, _mm256_loadu_ps(scales + 8 * n));
-                float* total = sums + m * kTileOutputs + 8 * n;
-                _mm256_storeu_ps(total, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, _mm256_loadu_ps(total)));
-            }
+        for (int n = 0; n < 2; ++n) {
+            const __m256i sum = KIND == Kind::int8 ? acc[m][n] : _mm256_madd_epi16(acc[m][n], ones);
+            float* total = sums + m * kTileOutputs + 8 * n;
+            const __m256 scale = _mm256_mul_ps(row_scale, column_scales[n]);
+            _mm256_storeu_ps(total, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, _mm256_loadu_ps(total)));
         }
-        asm volatile("" ::: "memory");  // totals stay in memory between groups; registers belong to the sums
+    }
+    asm volatile("" ::: "memory");  // totals stay in memory between groups; registers belong to the sums
+}
+
+template <int ROWS, Kind KIND>
+void tile(const uint8_t* weight, const Digits& digits, const float* scales, int64_t groups, float* sums, Ahead ahead) {
+    for (int64_t g = 0; g < groups; ++g, weight += kGroupBytes<KIND>, scales += kTileOutputs) {
+        for (int line = 0; line < ahead.lines; ++line, ahead.from += 64) _mm_prefetch(ahead.from, _MM_HINT_T1);
+        multiply_group<ROWS, KIND>(weight, digits, g, [=](int n) { return _mm256_loadu_ps(scales + 8 * n); }, sums);
+    }
+}
+
+inline __m256 widened(const uint16_t* halves) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
+}
+
+template <int ROWS, Kind KIND>
+void stream(const Strip& strip, const Digits& digits, float* sums) {
+    const int64_t tile_bytes = strip.groups * kGroupBytes<KIND>;
+    const int64_t tile_scales = strip.groups / strip.groups_per_scale * kTileOutputs;
+    for (int64_t g = 0; g < strip.groups; ++g) {
+        const uint16_t* scales = strip.scales + g / strip.groups_per_scale * kTileOutputs;
+        for (int t = 0; t < strip.tiles; ++t, scales += tile_scales) {
+            const uint8_t* weight = strip.weight + t * tile_bytes + g * kGroupBytes<KIND>;
+            // Once read, weights are not needed again: past the caches, which hold the program and its data meanwhile.
+            const uint8_t* ahead = shortly(strip, t, g * kGroupBytes<KIND>, tile_bytes);
+            for (int64_t line = 0; line < kGroupBytes<KIND>; line += 64) _mm_prefetch(ahead + line, _MM_HINT_NTA);
+            multiply_group<ROWS, KIND>(weight, digits, g, [=](int n) { return widened(scales + 8 * n); },
+                                       sums + t * ROWS * kTileOutputs);
+        }
     }
 }
 
@@ -123,10 +156,8 @@ void avx2_unpack_int4(const uint8_t* packed, int64_t pairs, uint8_t* out) {
 
 void avx2_widen_scales(const uint16_t* scales, int64_t count, int repeat, float* out) {
     for (int64_t g = 0; g < count; ++g, out += kTileOutputs)
-        for (int n = 0; n < kTileOutputs; n += 8) {
-            const void* from = scales + g / repeat * kTileOutputs + n;
-            _mm256_storeu_ps(out + n, _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from))));
-        }
+        for (int n = 0; n < kTileOutputs; n += 8)
+            _mm256_storeu_ps(out + n, widened(scales + g / repeat * kTileOutputs + n));
 }
 
 namespace {
@@ -147,14 +178,28 @@ float sum_of_squares(const float* x, int64_t count) {
     return sum;
 }
 
+inline float largest_lane(__m128 v) {
+    v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)));
+}
+
 float largest(const __m256 (&v)[4]) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     const __m256 a = _mm256_max_ps(_mm256_andnot_ps(sign, v[0]), _mm256_andnot_ps(sign, v[1]));
     const __m256 b = _mm256_max_ps(_mm256_andnot_ps(sign, v[2]), _mm256_andnot_ps(sign, v[3]));
     const __m256 c = _mm256_max_ps(a, b);
-    __m128 d = _mm_max_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1));
-    d = _mm_max_ps(d, _mm_movehl_ps(d, d));
-    return _mm_cvtss_f32(_mm_max_ss(d, _mm_movehdup_ps(d)));
+    return largest_lane(_mm_max_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1)));
+}
+
+// The largest sum of one sign over four inputs that meet: two of a quad, and the same two of the next.
+float largest_of_four(const __m256 (&v)[4]) {
+    __m128 most = _mm_setzero_ps();
+    for (const __m256& eight : v) {
+        const __m256 positive = _mm256_max_ps(eight, _mm256_setzero_ps()), negative = _mm256_sub_ps(positive, eight);
+        const __m256 twos = _mm256_hadd_ps(positive, negative);
+        most = _mm_max_ps(most, _mm_add_ps(_mm256_castps256_ps128(twos), _mm256_extractf128_ps(twos, 1)));
+    }
+    return largest_lane(most);
 }
 
 bool all_finite(const float* x) {
@@ -170,49 +215,57 @@ void store_bytes(const __m256i (&q)[4], int8_t* out) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order));
 }
 
+// Where the sum of a group with these digits starts.
+int32_t sum_start(const __m256i (&q)[4], int bits) {
+    const __m256i eight = _mm256_add_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3]));
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    const __m128i two = _mm_hadd_epi32(four, four);
+    return packed_start(_mm_cvtsi128_si32(two), _mm_extract_epi32(two, 1), bits);
+}
+
 }  // namespace
 
-void avx2_quantize_row(const float* x, int64_t count, int64_t padded, int bits, int8_t* low, int8_t* high, float* scale,
-                  uint8_t* wide) {
+void avx2_quantize_row(const float* x, int64_t count, int64_t padded, int bits, const RowDigits& out) {
     const float squares = sum_of_squares(x, count);
-    const float threshold = 5.0f * std::sqrt(squares / static_cast<float>(count));
+    const float threshold = kOutlier * std::sqrt(squares / static_cast<float>(count));
     const bool finite = std::isfinite(squares);
-    for (int64_t first = 0; first < padded; first += kGroup, low += kGroup, high += kGroup, ++scale, ++wide) {
+    for (int64_t g = 0; g < padded / kGroup; ++g) {
         alignas(32) float rest[kGroup] = {};
-        const float* from = x + first;
-        if (first + kGroup > count) {
-            if (first < count) std::memcpy(rest, from, (count - first) * sizeof(float));
+        const float* from = x + g * kGroup;
+        if ((g + 1) * kGroup > count) {
+            if (g * kGroup < count) std::memcpy(rest, from, (count - g * kGroup) * sizeof(float));
             from = rest;
         }
         __m256 v[4];
         for (int n = 0; n < 4; ++n) v[n] = _mm256_loadu_ps(from + 8 * n);
-        float top = largest(v);
         const bool broken = !finite && !all_finite(from);
-        if (broken || top < 1e-30f) top = 0;  // below, levels / top would overflow
-        const bool two = bits == 8 && top > threshold;
-        const float levels = bits == 4 ? 127.0f : two ? 8192.0f : 73.0f;
-        const __m256 factor = _mm256_set1_ps(top > 0 ? levels / top : 0.0f);
+        const float top = largest(v);
+        const GroupScale found = group_scale(broken, top, bits == 8 ? largest_of_four(v) : 0.0f, threshold, bits);
         __m256i q[4], h[4] = {};
         for (int n = 0; n < 4; ++n) {
-            q[n] = broken ? _mm256_setzero_si256() : _mm256_cvtps_epi32(_mm256_mul_ps(v[n], factor));
-            if (!two) continue;
-            h[n] = _mm256_srai_epi32(_mm256_add_epi32(q[n], _mm256_set1_epi32(64)), 7);
-            q[n] = _mm256_sub_epi32(q[n], _mm256_slli_epi32(h[n], 7));
+            const __m256 value = _mm256_mul_ps(v[n], _mm256_set1_ps(found.factor));
+            q[n] = broken ? _mm256_setzero_si256() : _mm256_cvtps_epi32(value);
+            if (!found.wide) continue;
+            h[n] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_cvtepi32_ps(q[n]), _mm256_set1_ps(1.0f / kDigitBase)));
+            q[n] = _mm256_sub_epi32(q[n], _mm256_mullo_epi32(h[n], _mm256_set1_epi32(kDigitBase)));
         }
-        store_bytes(q, low);
-        store_bytes(h, high);
-        // A NaN or an infinity makes every output of its row NaN, as it would in floating point.
-        *scale = broken ? std::numeric_limits<float>::quiet_NaN() : top / levels;
-        *wide = two;
+        store_bytes(q, out.low + g * kGroup);
+        out.low_start[g] = sum_start(q, bits);
+        out.scale[g] = found.scale;
+        out.wide[g] = found.wide;
+        if (!found.wide) continue;
+        store_bytes(h, out.high + g * kGroup);
+        out.high_start[g] = sum_start(h, bits);
     }
 }
 
-#define BLUEJAY_TILES(KIND) {tile<1, KIND>, tile<2, KIND>, tile<3, KIND>, tile<4, KIND>}
+#define BLUEJAY_ROWS(KERNEL, KIND) {KERNEL<1, KIND>, KERNEL<2, KIND>, KERNEL<3, KIND>, KERNEL<4, KIND>}
 const LinearKernels linear_avx2 = {avx2_quantize_row,
                                    avx2_widen_scales,
                                    avx2_unpack_int4,
-                                   BLUEJAY_TILES(Kind::int8),
-                                   BLUEJAY_TILES(Kind::int4),
-                                   BLUEJAY_TILES(Kind::int4_packed)};
+                                   BLUEJAY_ROWS(tile, Kind::int8),
+                                   BLUEJAY_ROWS(tile, Kind::int4),
+                                   BLUEJAY_ROWS(stream, Kind::int8),
+                                   BLUEJAY_ROWS(stream, Kind::int4_packed)};
 
 }  // namespace bluejay

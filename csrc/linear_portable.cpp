@@ -34,26 +34,33 @@ inline void add_group(int32_t (&sum)[kTileOutputs], const uint8_t* weight, const
     }
 }
 
+template <Kind KIND>
+constexpr int64_t kGroupBytes = kTileOutputs* kGroup / (KIND == Kind::int4_packed ? 2 : 1);
+
+// Multiply group g of the digits by a tile's weights, and add that to the tile's sums [ROWS][16].
+template <int ROWS, Kind KIND>
+void multiply_group(const uint8_t* weight, const Digits& digits, int64_t g, const float* scales, float* sums) {
+    for (int m = 0; m < ROWS; ++m) {
+        const int32_t start = digits.low_start[g * ROWS + m];
+        int32_t sum[kTileOutputs] = {}, high[kTileOutputs] = {};
+        // int4 keeps its start in two halves of 16 bits.
+        const int32_t whole = KIND == Kind::int8 ? start : static_cast<int16_t>(start) + static_cast<int16_t>(start >> 16);
+        std::fill_n(sum, kTileOutputs, whole);
+        add_group<KIND>(sum, weight, digits.low + g * kGroupQuads * ROWS + m, ROWS);
+        if (KIND == Kind::int8 && digits.wide[g] >> m & 1) {
+            std::fill_n(high, kTileOutputs, digits.high_start[g * ROWS + m]);
+            add_group<KIND>(high, weight, digits.high + g * kGroupQuads * ROWS + m, ROWS);
+        }
+        const float scale = digits.scale[g * ROWS + m];
+        for (int o = 0; o < kTileOutputs; ++o)
+            sums[m * kTileOutputs + o] += static_cast<float>(sum[o] + kDigitBase * high[o]) * (scale * scales[o]);
+    }
+}
+
 template <int ROWS, Kind KIND>
 void tile(const uint8_t* weight, const Digits& digits, const float* scales, int64_t groups, float* sums, Ahead) {
-    constexpr int kBytes = kTileOutputs * kGroup / (KIND == Kind::int4_packed ? 2 : 1);
-    for (int64_t g = 0; g < groups; ++g, weight += kBytes, scales += kTileOutputs) {
-        for (int m = 0; m < ROWS; ++m) {
-            const int32_t start = digits.low_start[g * ROWS + m];
-            int32_t sum[kTileOutputs] = {}, high[kTileOutputs] = {};
-            // int4 keeps its start in two halves of 16 bits.
-            const int32_t whole = KIND == Kind::int8 ? start : static_cast<int16_t>(start) + static_cast<int16_t>(start >> 16);
-            std::fill_n(sum, kTileOutputs, whole);
-            add_group<KIND>(sum, weight, digits.low + g * kGroupQuads * ROWS + m, ROWS);
-            if (KIND == Kind::int8 && digits.wide[g] >> m & 1) {
-                std::fill_n(high, kTileOutputs, digits.high_start[g * ROWS + m]);
-                add_group<KIND>(high, weight, digits.high + g * kGroupQuads * ROWS + m, ROWS);
-            }
-            const float scale = digits.scale[g * ROWS + m];
-            for (int o = 0; o < kTileOutputs; ++o)
-                sums[m * kTileOutputs + o] += static_cast<float>(sum[o] + 128 * high[o]) * (scale * scales[o]);
-        }
-    }
+    for (int64_t g = 0; g < groups; ++g)
+        multiply_group<ROWS, KIND>(weight + g * kGroupBytes<KIND>, digits, g, scales + g * kTileOutputs, sums);
 }
 
 void unpack_int4(const uint8_t* packed, int64_t pairs, uint8_t* out) {
@@ -77,49 +84,76 @@ void widen_scales(const uint16_t* scales, int64_t count, int repeat, float* out)
         for (int o = 0; o < kTileOutputs; ++o) *out++ = widen(scales[g / repeat * kTileOutputs + o]);
 }
 
-// One group of up to 32 values; those past `count` are zeros.
-void quantize_group(const float* x, int64_t count, int bits, float threshold, int8_t* low, int8_t* high, float* scale,
-                    uint8_t* wide) {
-    std::fill_n(low, kGroup, int8_t{0});
-    std::fill_n(high, kGroup, int8_t{0});
-    float top = 0;
-    bool broken = false;
-    for (int64_t i = 0; i < count; ++i) {
-        top = std::max(top, std::fabs(x[i]));
-        broken |= !std::isfinite(x[i]);
-    }
-    if (broken || top < 1e-30f) top = 0;  // below, levels / top would overflow
-    *wide = bits == 8 && top > threshold;
-    const float levels = bits == 4 ? 127.0f : *wide ? 8192.0f : 73.0f;
-    // A NaN or an infinity makes every output of its row NaN, as it would in floating point.
-    *scale = broken ? std::numeric_limits<float>::quiet_NaN() : top / levels;
-    if (top == 0) return;
-    const float factor = levels / top;
-    for (int64_t i = 0; i < count; ++i) {
-        const int q = static_cast<int>(std::nearbyint(x[i] * factor));
-        high[i] = static_cast<int8_t>(*wide ? (q + 64) >> 7 : 0);
-        low[i] = static_cast<int8_t>(q - 128 * high[i]);
-    }
+template <int ROWS, Kind KIND>
+void stream(const Strip& strip, const Digits& digits, float* sums) {
+    const uint8_t* weight = strip.weight;
+    const uint16_t* halves = strip.scales;
+    for (int t = 0; t < strip.tiles; ++t, sums += ROWS * kTileOutputs)
+        for (int64_t g = 0; g < strip.groups; ++g, weight += kGroupBytes<KIND>) {
+            float scales[kTileOutputs];
+            widen_scales(halves, 1, 1, scales);
+            multiply_group<ROWS, KIND>(weight, digits, g, scales, sums);
+            if ((g + 1) % strip.groups_per_scale == 0) halves += kTileOutputs;
+        }
 }
 
-void quantize_row(const float* x, int64_t count, int64_t padded, int bits, int8_t* low, int8_t* high, float* scale,
-                  uint8_t* wide) {
+// The largest sum of one sign over four inputs that meet: two of a quad, and the same two of the next.
+float largest_of_four(const float* x) {
+    float most = 0;
+    for (int i = 0; i < kGroup; i += i % 8 == 0 ? 2 : 6)
+        for (float sign : {1.0f, -1.0f}) {
+            const auto part = [&](int j) { return std::max(sign * x[i + j], 0.0f); };
+            most = std::max(most, (part(0) + part(1)) + (part(4) + part(5)));
+        }
+    return most;
+}
+
+int32_t sum_start(const int8_t* digits, int bits) {
+    int32_t front = 0, back = 0;
+    for (int i = 0; i < kGroup; i += 4) {
+        front += digits[i] + digits[i + 1];
+        back += digits[i + 2] + digits[i + 3];
+    }
+    return packed_start(front, back, bits);
+}
+
+void quantize_row(const float* row, int64_t count, int64_t padded, int bits, const RowDigits& out) {
     float squares = 0;
-    for (int64_t i = 0; i < count; ++i) squares += x[i] * x[i];
-    const float threshold = 5.0f * std::sqrt(squares / static_cast<float>(count));
-    for (int64_t first = 0; first < padded; first += kGroup)
-        quantize_group(x + std::min(first, count), std::clamp<int64_t>(count - first, 0, kGroup), bits, threshold, low + first,
-                       high + first, scale + first / kGroup, wide + first / kGroup);
+    for (int64_t i = 0; i < count; ++i) squares += row[i] * row[i];
+    const float threshold = kOutlier * std::sqrt(squares / static_cast<float>(count));
+    for (int64_t g = 0; g < padded / kGroup; ++g) {
+        float x[kGroup] = {};
+        std::copy_n(row + std::min(g * kGroup, count), std::clamp<int64_t>(count - g * kGroup, 0, kGroup), x);
+        float top = 0;
+        bool broken = false;
+        for (float value : x) {
+            top = std::max(top, std::fabs(value));
+            broken |= !std::isfinite(value);
+        }
+        const GroupScale found = group_scale(broken, top, bits == 8 ? largest_of_four(x) : 0.0f, threshold, bits);
+        int8_t *low = out.low + g * kGroup, *high = out.high + g * kGroup;
+        for (int i = 0; i < kGroup; ++i) {
+            const int q = broken ? 0 : static_cast<int>(std::nearbyint(x[i] * found.factor));
+            const int tens = found.wide ? static_cast<int>(std::nearbyint(static_cast<float>(q) * (1.0f / kDigitBase))) : 0;
+            high[i] = static_cast<int8_t>(tens);
+            low[i] = static_cast<int8_t>(q - kDigitBase * tens);
+        }
+        out.low_start[g] = sum_start(low, bits);
+        out.high_start[g] = sum_start(high, bits);
+        out.scale[g] = found.scale;
+        out.wide[g] = found.wide;
+    }
 }
 
 }  // namespace
 
-#define BLUEJAY_TILES(KIND) {tile<1, KIND>, tile<2, KIND>, tile<3, KIND>, tile<4, KIND>}
+#define BLUEJAY_ROWS(KERNEL, KIND) {KERNEL<1, KIND>, KERNEL<2, KIND>, KERNEL<3, KIND>, KERNEL<4, KIND>}
 const LinearKernels linear_portable = {quantize_row,
                                        widen_scales,
                                        unpack_int4,
-                                       BLUEJAY_TILES(Kind::int8),
-                                       BLUEJAY_TILES(Kind::int4),
-                                       BLUEJAY_TILES(Kind::int4_packed)};
+                                       BLUEJAY_ROWS(tile, Kind::int8),
+                                       BLUEJAY_ROWS(tile, Kind::int4),
+                                       BLUEJAY_ROWS(stream, Kind::int8),
+                                       BLUEJAY_ROWS(stream, Kind::int4_packed)};
 
 }  // namespace bluejay

@@ -72,7 +72,7 @@ def test_saved_and_opened_is_the_same_network(tiny_model, tmp_path, quantization
         "quant_method": "bluejay",
         "bits": quantization.bits,
         "group_size": 32,
-        "version": 1,
+        "version": 2,
     }
 
 

@@ -54,7 +54,7 @@ def test_the_list_as_a_table(path: Path) -> None:
 @pytest.mark.parametrize(("method", "shown"), [("bluejay", "int4"), ("gptq", "other")])
 def test_the_list_tells_how_weights_are_quantised(path: Path, method: str, shown: str) -> None:
     config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 32, "version": 1}
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 32, "version": 2}
     (path / "config.json").write_text(json.dumps(config))
     assert run().stdout.splitlines()[1].split()[3:5] == ["safetensors", shown]
     assert json.loads(run("--json").stdout)[0]["quantization"] == shown

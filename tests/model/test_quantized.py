@@ -158,7 +158,7 @@ def test_embeddings_become_16_bits_where_they_fit():
 
 
 def config_with(**changed):
-    raw = {"quant_method": "bluejay", "bits": 8, "group_size": 32, "version": 1} | changed
+    raw = {"quant_method": "bluejay", "bits": 8, "group_size": 32, "version": 2} | changed
     return dataclasses.replace(ODD, extras={"quantization_config": raw})
 
 
@@ -168,7 +168,7 @@ def config_with(**changed):
         ({"quant_method": "gptq"}, "quant_method is 'gptq', Bluejay opens only its own"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quant_method is 'bitsandbytes'"),
         ({"quant_method": None}, "quant_method is 'None'"),
-        ({"version": 2}, "version is 2, this Bluejay reads 1"),
+        ({"version": 1}, "version is 1, this Bluejay reads 2"),
         ({"bits": 5, "group_size": "32"}, "bits is 5, expected 4 or 8; group_size is 32, expected 32 or 64"),
         ({"bits": True}, "bits is True"),
         ({"bits": 8.0}, "bits is 8.0"),

@@ -93,13 +93,14 @@ def test_any_size_is_the_reference(
 @pytest.mark.parametrize("voice", VOICES)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_extreme_integers_do_not_overflow(voice: str, bits: int) -> None:
-    """The largest weights meet the largest digits, all of one sign and of alternating signs."""
+    """The largest weights meet the largest digits, by four whose products are summed in 16 bits."""
     ops.choose(voice)
     fast, slow = voices_of(bits)
-    largest, smallest = (112, -112) if bits == 8 else (7, -8)
+    largest, smallest = (90, -90) if bits == 8 else (7, -8)
     k = 1024
-    signs = torch.tensor([1.0, -1.0]).repeat(k // 2)
-    x = torch.stack([torch.ones(k), -torch.ones(k), signs, -signs])
+    fours = [(1.0, 1, 1, 1), (1, 1, 0, 0), (1, 0, 0, 1), (0, 0, 1, 0), (1, -1, 1, -1), (45.5, 45.5, 45.5, 43.5)]
+    x = torch.tensor([(a, b, a, b, c, d, c, d) for a, b, c, d in fours]).repeat(1, k // 8)  # inputs 0, 1, 4, 5 meet
+    x = torch.cat([x, -x])
     x = torch.cat([x, x * torch.where(torch.arange(k) < 32, 1000.0, 1.0)])  # the first group wide
     integers = torch.full((32, k), largest, dtype=torch.int8)
     integers[1::2] = smallest

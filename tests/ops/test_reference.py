@@ -8,7 +8,8 @@ from bluejay.ops import reference
 
 QUANTIZE = {8: reference.quantize_int8, 4: reference.quantize_int4}
 LINEAR = {8: reference.linear_int8, 4: reference.linear_int4}
-LIMITS = {8: (-112, 112), 4: (-8, 7)}
+SIGNS = [(1, (0, 10**6)), (-1, (-(10**6), 0))]
+LIMITS = {8: (-90, 90), 4: (-8, 7)}
 
 
 def random(*shape, seed=0, std=1.0):
@@ -128,7 +129,7 @@ def test_the_layout_is_that_of_the_kernels(N, K, group_size, bits):
     for output in range(num_tiles * 16):
         for k in range(padded):
             if bits == 8:
-                value = int(weight[output // 16, k // 4, 4 * (output % 16) + k % 4]) - 112
+                value = int(weight[output // 16, k // 4, 4 * (output % 16) + k % 4]) - 90
             else:
                 byte = int(weight[output // 16, k // 8, 4 * (output % 16) + k % 4])
                 value = (byte >> 4 if k % 8 >= 4 else byte & 15) - 8
@@ -149,17 +150,36 @@ def test_unpack_undoes_pack(bits, group_size):
     torch.testing.assert_close(floats.double(), expanded(integers, scales, group_size))
 
 
-def test_activations_have_73_steps_or_8192_where_there_are_outliers():
-    x = random(1, 128)
+def test_activations_have_127_steps_or_8190_where_there_are_outliers():
+    x = random(3, 128)
     x[0, 70] = 60.0
-    integers, scales = reference.quantize_activations(x, bits=8)
-    for group in range(4):
-        part = integers[0, 32 * group : 32 * group + 32]
-        assert part.abs().max() == (8192 if group == 2 else 73)
-        back = part * scales[0, group]
-        assert (back - x[0, 32 * group : 32 * group + 32]).abs().max() <= 0.501 * scales[0, group]
-    integers, _ = reference.quantize_activations(x, bits=4)
-    assert integers.view(4, 32).abs().amax(1).tolist() == [127] * 4
+    x[1] = 1.0
+    x[2, 1:] *= 1e-3
+    for bits in (8, 4):
+        integers, scales = reference.quantize_activations(x, bits=bits)
+        back = integers * scales.repeat_interleave(32, 1)
+        assert ((back - x).abs() <= 0.501 * scales.repeat_interleave(32, 1)).all()
+        most = integers.view(3, 4, 32).abs().amax(-1)
+        if bits == 4:
+            assert (most == 127).all()
+            continue
+        # Four equal inputs share 180 steps, one alone has all; outliers have as many as two digits hold.
+        assert most[0, 2] == 90 * 91
+        assert (most[1] == 45).all()
+        assert most[2, 0] == 8190
+        assert ((most[0] <= 127) | (most[0] == 90 * 91)).all()
+
+
+def test_four_activations_that_meet_have_room_in_16_bits():
+    x = torch.cat([random(200, 96, seed=seed) ** power for seed, power in enumerate((1, 2, 3))])
+    integers, _ = reference.quantize_activations(x, bits=8)
+    groups = integers.view(-1, 32)
+    fours = [groups[:, [8 * i + j for j in four]] for i in range(4) for four in ((0, 1, 4, 5), (2, 3, 6, 7))]
+    one_digit = groups.abs().amax(1) < 128
+    most = torch.stack([sign * part.clamp(*limits).sum(1) for part in fours for sign, limits in SIGNS]).amax(0)
+    assert most[one_digit].max() in (180, 181, 182)
+    full = groups.abs().amax(1) == 127  # its largest holds a group back, where its fours do not
+    assert ((most >= 178) | full)[one_digit].all()
 
 
 def test_activations_of_nothing_are_nothing():

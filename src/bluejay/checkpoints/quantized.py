@@ -1,6 +1,6 @@
 """Quantised checkpoints: ones made from floats while they are read, and floats made from quantised ones.
 
-    config.json   "quantization_config": {"quant_method": "bluejay", "bits": 4, "group_size": 32, "version": 1}
+    config.json   "quantization_config": {"quant_method": "bluejay", "bits": 4, "group_size": 32, "version": 2}
     *.safetensors NAME.weight uint8, packed · NAME.scales float16 · NAME.bias, LayerNorms float32 · embeddings 16 bits
 
 A layer is quantised because its scales are in the file; the config says with how many bits. Layouts: `ops.reference`.

@@ -28,7 +28,7 @@ from bluejay.ops import reference
 QUANTIZED_DTYPES = {"int8": 8, "int4": 4}
 CONFIG_KEY = "quantization_config"
 WEIGHT, SCALES = ".weight", ".scales"
-_METHOD, _VERSION = "bluejay", 1
+_METHOD, _VERSION = "bluejay", 2
 _PACKED_AT_ONCE = 2**20  # weights; the copies of so many fit beside the model
 
 
@@ -357,7 +357,7 @@ def _randomise(layer: _Packed, generator: torch.Generator) -> None:
     layer.weight.view(torch.int64).random_(-(2**63), None, generator=generator)
     spread = 4.6  # of the integers -8 … 7, all as likely
     if layer.quantization.bits == 8:
-        layer.weight.bitwise_and_(127).add_(48)  # the integers -64 … 63
+        layer.weight.bitwise_and_(127).add_(reference.WEIGHT_OFFSET[8] - 64)  # the integers -64 … 63
         spread = 37.0
     # Signs in turn: the mean of the integers, -1/2, would otherwise be a direction that all layers share.
     layer.scales.fill_(0.02 / spread)

@@ -3,7 +3,7 @@
 Quantised weights. A group of 32 or 64 weights along the input dim shares one float16 scale: weight = integer * scale.
 
     bits  integers     stored as       scale
-    8     -112 … 112   byte w + 112    largest magnitude / 112
+    8     -90 … 90     byte w + 90     largest magnitude / 90
     4     -8 … 7       nibble w + 8    the one with the least squared error of some; may be negative, to use the -8
 
 Packed, the input dim is filled up with zeros to whole groups, the outputs to whole tiles of 16. Of a tile [16, K], the
@@ -13,8 +13,9 @@ bytes of 4 inputs of all 16 outputs lie together, as the kernels read them; with
     int4 weight  uint8   [tiles, K/8, 64]    low nibble: output b//4, input 8j + b%4; high nibble: input 4 further
     scales       float16 [tiles, K/group_size, 16]
 
-Activations become integers on the fly, with a scale for each row and each 32 inputs. Why 112 and 73: two products of an
-unsigned weight and a signed activation, 2 * 224 * 73 = 32,704, can be added in 16 bits, which is what makes AVX2 fast.
+Activations become integers on the fly, with a scale for each row and each 32 inputs. With 8-bit weights it is such that
+of four inputs that are summed in 16 bits, which is what makes AVX2 fast, those of one sign add up to 180 at most, 182 when
+rounded: the weights being unsigned, 180 * 182 = 32,760 is the largest sum that may come about.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ GROUP_SIZES = (32, 64)
 TILE = 16  # outputs that lie together
 ACTIVATION_GROUP = 32  # inputs that share a scale, whatever the weights' group
 INPUTS_PER_STEP = {8: 4, 4: 8}  # of one output, in four bytes
-WEIGHT_OFFSET = {8: 112, 4: 8}  # what is added to an integer to store it unsigned
+WEIGHT_OFFSET = {8: 90, 4: 8}  # what is added to an integer to store it unsigned
 
 # Scales that are tried for a group of 4-bit weights: the weight of the largest magnitude becomes -(this). -8 is GGML's
 # q4_0 and 7 plain rounding; between 7 and 9 the squared error of Gaussian weights is 7 % below q4_0's, and a finer or
@@ -37,8 +38,11 @@ WEIGHT_OFFSET = {8: 112, 4: 8}  # what is added to an integer to store it unsign
 _INT4_PLACES = (7.0, 7.25, 7.5, 7.75, 8.0, 8.25, 8.5, 8.75, 9.0, -6.5, -7.0, -7.5)
 _SEARCHED_AT_ONCE = 2**17  # weights: fewer make more calls than work, the copies of more leave the cache
 _LEAST = 1e-30  # a group of smaller magnitude counts as zeros: its reciprocal would leave float32
+_MOST = 127.0  # steps of an activation on each side
+_MOST_OF_FOUR = 180.0  # what four that meet may add up to in steps
 # A group of activations whose largest is beyond this many root mean squares of its row holds outliers.
-_WIDE = 5.0  # a gelu reaches 4 in every tenth group, and a second digit takes its time
+_OUTLIER = 6.0  # a gelu reaches 5 in every seventieth group, and a second digit takes its time
+_MOST_WIDE = 90.0 * 91.0  # two digits: 91 * high + low, of up to 90 and 45
 
 
 def quantize_int8(weight: Tensor, group_size: int = 32) -> tuple[Tensor, Tensor]:
@@ -86,8 +90,9 @@ def _quantize(weight: Tensor, group_size: int, bits: int) -> tuple[Tensor, Tenso
 
 def _round_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Groups as columns [group_size, n] float32 -> integers, as float32; scales [n] float16."""
-    scales = (weight.abs().amax(0) / 112).half()
-    return _rounded(weight, scales, -112, 112), scales
+    largest = WEIGHT_OFFSET[8]
+    scales = (weight.abs().amax(0) / largest).half()
+    return _rounded(weight, scales, -largest, largest), scales
 
 
 def _round_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +148,7 @@ def unpack(weight: Tensor, scales: Tensor, *, bits: int, out_features: int, in_f
     if bits == 4:
         words = torch.stack((words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F), dim=3).flatten(2)
     unsigned = words.contiguous().view(torch.uint8).flatten(0, 1)[:out_features, :in_features]
-    integers = unsigned.view(torch.int8).sub(WEIGHT_OFFSET[bits])  # 224 wraps to -32, and back to 112
+    integers = unsigned.view(torch.int8).sub(WEIGHT_OFFSET[bits])  # 180 wraps to -76, and back to 90
     return integers, scales.transpose(1, 2).flatten(0, 1)[:out_features]
 
 
@@ -180,9 +185,10 @@ def group_size_of(weight: Tensor, scales: Tensor, *, bits: int) -> int:
 def quantize_activations(x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
     """Round activations to integers, with a scale for each row and each 32 inputs.
 
-    With 8-bit weights a group has 73 steps on each side; one with outliers (the largest beyond 5 root mean squares of
-    its row) has 8192, two digits of 7 bits, so that what lies beside the outlier is not lost. With 4-bit weights, all
-    have 127. A group below 1e-30 is zeros.
+    A group has up to 127 steps on each side. With 8-bit weights, of the inputs 8i + {0, 1, 4, 5} and 8i + {2, 3, 6, 7}
+    those of one sign reach 180 steps together, which mostly asks for larger steps (some 105 on each side); a group with
+    outliers (the largest beyond 6 root mean squares of its row) has 8190, two digits, so that what lies beside the
+    outlier is not lost. A group below 1e-30 is zeros.
 
     Shapes (K inputs, filled up with zeros to whole groups of 32): x [..., K] -> integers [..., K'] int32, scales
         [..., K'/32] float32.
@@ -191,14 +197,23 @@ def quantize_activations(x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
     rms = x.double().square().mean(-1, keepdim=True).sqrt().float()
     padded = F.pad(x, (0, -x.shape[-1] % ACTIVATION_GROUP))
     groups = padded.view(*x.shape[:-1], -1, ACTIVATION_GROUP)
-    largest = groups.abs().amax(-1)
-    steps = torch.full_like(largest, 127.0)
+    largest = reach = groups.abs().amax(-1)
+    steps = torch.full_like(largest, _MOST)
     if bits == 8:
-        steps = torch.where(largest > _WIDE * rms, 8192.0, 73.0)
+        wide = largest > _OUTLIER * rms
+        steps = torch.where(wide, _MOST_WIDE, steps)
+        reach = torch.where(wide, largest, torch.maximum(largest, _largest_of_four(groups) * (_MOST / _MOST_OF_FOUR)))
     empty = largest < _LEAST
-    factors = torch.where(empty, 0.0, steps / largest)
+    factors = torch.where(empty, 0.0, steps / reach)
     integers = (groups * factors.unsqueeze(-1)).round().nan_to_num(0.0).to(torch.int32)
-    return integers.flatten(-2), torch.where(empty, 0.0, largest / steps)
+    return integers.flatten(-2), torch.where(empty, 0.0, reach / steps)
+
+
+def _largest_of_four(groups: Tensor) -> Tensor:
+    """The largest sum of one sign over four inputs that meet, [..., 32] -> [...]."""
+    parts = torch.stack((groups, -groups), dim=-2).clamp(min=0)
+    pairs = parts.unflatten(-1, (4, 2, 2, 2)).sum(-1)  # eights, quads, pairs, inputs
+    return pairs.sum(-2).flatten(-3).amax(-1)
 
 
 def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, *, out_features: int) -> Tensor:
