@@ -6,11 +6,11 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "attention.h"
+#include "check.h"
 
 namespace nb = nanobind;
 
@@ -18,11 +18,6 @@ namespace bluejay {
 namespace {
 
 using Array = nb::ndarray<nb::ro>;
-
-// Python sees a ValueError.
-void check(bool holds, const std::string& message) {
-    if (!holds) throw std::invalid_argument(message);
-}
 
 template <typename Numbers>
 std::string listed(const Numbers& numbers) {
@@ -68,13 +63,13 @@ bool is_dense(const Array& array, size_t first = 0) {
 }
 
 void check_memory(const Array& array, const char* name, bool dense) {
-    check(array.device_type() == nb::device::cpu::value, std::string(name) + " is not in the CPU's memory; move it there");
-    check(!dense || is_dense(array), std::string(name) + " is not contiguous; call contiguous()");
+    BLUEJAY_CHECK(array.device_type() == nb::device::cpu::value, std::string(name) + " is not in the CPU's memory; move it there");
+    BLUEJAY_CHECK(!dense || is_dense(array), std::string(name) + " is not contiguous; call contiguous()");
 }
 
 void check_tokens(const Array& x, const char* name) {
-    check(is_float32(x, 3), std::string(name) + " is " + described(x) + ", expected float32 [T, H, K]");
-    check(x.shape(1) > 0 && x.shape(2) > 0,
+    BLUEJAY_CHECK(is_float32(x, 3), std::string(name) + " is " + described(x) + ", expected float32 [T, H, K]");
+    BLUEJAY_CHECK(x.shape(1) > 0 && x.shape(2) > 0,
           std::string(name) + " is " + described(x) + ", expected at least one head of at least one dim");
     check_memory(x, name, true);
 }
@@ -82,15 +77,15 @@ void check_tokens(const Array& x, const char* name) {
 // Check a cache against this step's tensor x.
 void check_cache(const Array& cache, const char* name, const Array& x, const char* x_name) {
     const auto whole = [&] { return std::string(name) + " is " + described(cache); };
-    check((is_float32(cache, 4) || is(cache, nb::dlpack::dtype_code::Float, 16, 4) ||
+    BLUEJAY_CHECK((is_float32(cache, 4) || is(cache, nb::dlpack::dtype_code::Float, 16, 4) ||
            is(cache, nb::dlpack::dtype_code::Bfloat, 16, 4)) && cache.shape(1) > 0,
           whole() + ", expected float32, float16 or bfloat16 [N, P, H, K]");
-    check(cache.shape(2) == x.shape(1) && cache.shape(3) == x.shape(2),
+    BLUEJAY_CHECK(cache.shape(2) == x.shape(1) && cache.shape(3) == x.shape(2),
           whole() + ", expected heads and head dim as in " + x_name + ", " + described(x));
     check_memory(cache, name, false);
     bool apart = is_dense(cache, 2);
     for (size_t dim = 0; dim < 2; ++dim) apart = apart && (cache.shape(dim) == 1 || cache.stride(dim) != 0);
-    check(apart, std::string(name) + " has strides " +
+    BLUEJAY_CHECK(apart, std::string(name) + " has strides " +
                      listed(std::vector<int64_t>(cache.stride_ptr(), cache.stride_ptr() + 4)) +
                      ", expected each token's heads and dims to be contiguous");
 }
@@ -98,7 +93,7 @@ void check_cache(const Array& cache, const char* name, const Array& x, const cha
 void check_caches(const Array& keys, const Array& values, const Array& x, const char* x_name) {
     check_cache(keys, "k_cache", x, x_name);
     check_cache(values, "v_cache", x, x_name);
-    check(keys.dtype() == values.dtype() && same_shape(keys, values),
+    BLUEJAY_CHECK(keys.dtype() == values.dtype() && same_shape(keys, values),
           "v_cache is " + described(values) + ", expected k_cache's " + described(keys));
 }
 
@@ -124,10 +119,10 @@ std::string first_ten(const Number* all, size_t count) {
 }
 
 void check_batch(const Array& q, const Array& cache, const Array& tables, const Array& lens, const Array& starts) {
-    check(is_int(tables, 32, 2), "block_tables is " + described(tables) + ", expected int32 [S, max_blocks]");
+    BLUEJAY_CHECK(is_int(tables, 32, 2), "block_tables is " + described(tables) + ", expected int32 [S, max_blocks]");
     const size_t S = tables.shape(0);
     const auto check_ints = [&](const Array& array, const char* name, size_t size) {
-        check(is_int(array, 32, 1) && array.shape(0) == size,
+        BLUEJAY_CHECK(is_int(array, 32, 1) && array.shape(0) == size,
               std::string(name) + " is " + described(array) + ", expected int32 [" + std::to_string(size) + "] for the " +
                   std::to_string(S) + " sequences of block_tables");
         check_memory(array, name, true);
@@ -136,19 +131,19 @@ void check_batch(const Array& q, const Array& cache, const Array& tables, const 
     check_ints(lens, "context_lens", S);
     check_ints(starts, "query_starts", S + 1);
     const int32_t* start = numbers<int32_t>(starts);
-    check(start[0] == 0 && start[S] == static_cast<int64_t>(q.shape(0)) && std::is_sorted(start, start + S + 1),
+    BLUEJAY_CHECK(start[0] == 0 && start[S] == static_cast<int64_t>(q.shape(0)) && std::is_sorted(start, start + S + 1),
           "query_starts is " + first_ten(start, S + 1) + ", expected to rise from 0 to the " +
               std::to_string(q.shape(0)) + " rows of q");
     const int64_t max_blocks = tables.shape(1), block_size = cache.shape(1), num_blocks = cache.shape(0);
     for (size_t s = 0; s < S; ++s) {
         const int64_t length = numbers<int32_t>(lens)[s], count = start[s + 1] - start[s];
-        check(count <= length && length <= max_blocks * block_size,
+        BLUEJAY_CHECK(count <= length && length <= max_blocks * block_size,
               "context_lens of sequence " + std::to_string(s) + " is " + std::to_string(length) +
                   ", expected at least its queries, " + std::to_string(count) + ", and at most the " +
                   std::to_string(max_blocks * block_size) + " slots of a block table");
         const int32_t* table = numbers<int32_t>(tables) + s * max_blocks;
         for (int64_t b = 0; b * block_size < length; ++b) {
-            check(0 <= table[b] && table[b] < num_blocks,
+            BLUEJAY_CHECK(0 <= table[b] && table[b] < num_blocks,
                   "block_tables of sequence " + std::to_string(s) + " names block " + std::to_string(table[b]) +
                       " at place " + std::to_string(b) + ", which is not there, expected 0 to " +
                       std::to_string(num_blocks - 1) + " for as long as the context goes on");
@@ -160,10 +155,10 @@ void attention(nb::ndarray<> out, Array q, Array k_cache, Array v_cache, Array b
                Array query_starts, double scale, std::optional<int64_t> window) {
     check_tokens(q, "q");
     check_tokens(Array(out), "out");
-    check(same_shape(Array(out), q), "out is " + described(Array(out)) + ", expected q's " + described(q));
+    BLUEJAY_CHECK(same_shape(Array(out), q), "out is " + described(Array(out)) + ", expected q's " + described(q));
     check_caches(k_cache, v_cache, q, "q");
-    check(std::isfinite(static_cast<float>(scale)), "scale is " + std::to_string(scale) + ", expected a finite number");
-    check(!window || *window > 0,
+    BLUEJAY_CHECK(std::isfinite(static_cast<float>(scale)), "scale is " + std::to_string(scale) + ", expected a finite number");
+    BLUEJAY_CHECK(!window || *window > 0,
           "window is " + (window ? std::to_string(*window) : "None") + ", expected None or at least 1");
     check_batch(q, k_cache, block_tables, context_lens, query_starts);
     const AttentionArgs args{numbers<float>(q),
@@ -187,27 +182,27 @@ void attention(nb::ndarray<> out, Array q, Array k_cache, Array v_cache, Array b
 
 void check_slots(const Array& slots, const Array& k, int64_t num_slots) {
     const size_t T = k.shape(0);
-    check(is_int(slots, 64, 1) && slots.shape(0) == T,
+    BLUEJAY_CHECK(is_int(slots, 64, 1) && slots.shape(0) == T,
           "slots is " + described(slots) + ", expected int64 [" + std::to_string(T) + "]: one for each token of k");
     check_memory(slots, "slots", true);
     std::vector<int64_t> used;
     for (size_t i = 0; i < T; ++i) {
         const int64_t slot = numbers<int64_t>(slots)[i];
-        check(-1 <= slot && slot < num_slots,
+        BLUEJAY_CHECK(-1 <= slot && slot < num_slots,
               "slots holds " + std::to_string(slot) + ", expected -1 or 0 to " + std::to_string(num_slots - 1) +
                   ": the cache has " + std::to_string(num_slots) + " slots");
         if (slot >= 0) used.push_back(slot);
     }
     std::sort(used.begin(), used.end());
     const auto twice = std::adjacent_find(used.begin(), used.end());
-    check(twice == used.end(), "slots holds " + std::to_string(twice == used.end() ? 0 : *twice) +
+    BLUEJAY_CHECK(twice == used.end(), "slots holds " + std::to_string(twice == used.end() ? 0 : *twice) +
                                    " more than once, expected a slot of its own for each token");
 }
 
 void write(Array k, Array v, nb::ndarray<> k_cache, nb::ndarray<> v_cache, Array slots) {
     const Array keys(k_cache), values(v_cache);
     check_tokens(k, "k");
-    check(is_float32(v, 3) && same_shape(v, k), "v is " + described(v) + ", expected k's " + described(k));
+    BLUEJAY_CHECK(is_float32(v, 3) && same_shape(v, k), "v is " + described(v) + ", expected k's " + described(k));
     check_memory(v, "v", true);
     check_caches(keys, values, k, "k");
     check_slots(slots, k, static_cast<int64_t>(keys.shape(0) * keys.shape(1)));

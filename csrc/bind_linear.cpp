@@ -3,9 +3,9 @@
 #include <nanobind/stl/optional.h>
 
 #include <optional>
-#include <stdexcept>
 #include <string>
 
+#include "check.h"
 #include "linear.h"
 
 namespace nb = nanobind;
@@ -18,39 +18,35 @@ using Output = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using Packed = nb::ndarray<const uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Scales = nb::ndarray<nb::ro, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
-void require(bool holds, const std::string& message) {
-    if (!holds) throw std::invalid_argument(message);
-}
-
 std::string text(int64_t value) { return std::to_string(value); }
 
 // Write x · weightᵀ + bias to out, [..., out_features]; see linear.h for how weight and scales lie.
 void checked_linear(int bits, Output out, Floats x, Packed weight, Scales scales, std::optional<Floats> bias) {
-    require(bits == 8 || bits == 4, "bits is " + text(bits) + ", expected 8 or 4");
-    require(x.ndim() >= 1 && out.ndim() == x.ndim(), "out and x must have the same number of dims, at least one");
+    BLUEJAY_CHECK(bits == 8 || bits == 4, "bits is " + text(bits) + ", expected 8 or 4");
+    BLUEJAY_CHECK(x.ndim() >= 1 && out.ndim() == x.ndim(), "out and x must have the same number of dims, at least one");
     const auto in_features = static_cast<int64_t>(x.shape(x.ndim() - 1));
     const auto out_features = static_cast<int64_t>(out.shape(out.ndim() - 1));
-    require(in_features > 0 && out_features > 0, "x and out must have features in their last dim");
+    BLUEJAY_CHECK(in_features > 0 && out_features > 0, "x and out must have features in their last dim");
     const auto rows = static_cast<int64_t>(x.size()) / in_features;
-    require(static_cast<int64_t>(out.size()) == rows * out_features, "out must have the rows of x");
+    BLUEJAY_CHECK(static_cast<int64_t>(out.size()) == rows * out_features, "out must have the rows of x");
 
     const auto tiles = static_cast<int64_t>(weight.shape(0));
-    require(weight.shape(2) == 64, "weight must be [tiles, steps, 64], its last dim is " + text(weight.shape(2)));
-    require(tiles == (out_features + kTileOutputs - 1) / kTileOutputs,
+    BLUEJAY_CHECK(weight.shape(2) == 64, "weight must be [tiles, steps, 64], its last dim is " + text(weight.shape(2)));
+    BLUEJAY_CHECK(tiles == (out_features + kTileOutputs - 1) / kTileOutputs,
             "weight has " + text(tiles) + " tiles of 16 outputs, which are not those of out_features " + text(out_features));
     const auto padded_in = static_cast<int64_t>(weight.shape(1)) * (bits == 8 ? 4 : 8);
-    require(scales.dtype() == nb::dlpack::dtype{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1},
+    BLUEJAY_CHECK((scales.dtype() == nb::dlpack::dtype{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1}),
             "scales must be float16");
     const auto groups = static_cast<int64_t>(scales.shape(1));
-    require(static_cast<int64_t>(scales.shape(0)) == tiles && scales.shape(2) == kTileOutputs && groups > 0,
+    BLUEJAY_CHECK(static_cast<int64_t>(scales.shape(0)) == tiles && scales.shape(2) == kTileOutputs && groups > 0,
             "scales must be [" + text(tiles) + ", groups, 16]");
     const int64_t group_size = padded_in / groups;
-    require(padded_in % groups == 0 && (group_size == 32 || group_size == 64),
+    BLUEJAY_CHECK(padded_in % groups == 0 && (group_size == 32 || group_size == 64),
             "weight has " + text(padded_in) + " inputs and scales " + text(groups) + " groups: expected groups of 32 or 64");
-    require(in_features <= padded_in && padded_in - in_features < group_size,
+    BLUEJAY_CHECK(in_features <= padded_in && padded_in - in_features < group_size,
             "x has " + text(in_features) + " features, weight is for " + text(padded_in - group_size + 1) + " to " + text(padded_in));
     if (bias) {
-        require(bias->ndim() == 1 && static_cast<int64_t>(bias->shape(0)) == out_features,
+        BLUEJAY_CHECK(bias->ndim() == 1 && static_cast<int64_t>(bias->shape(0)) == out_features,
                 "bias must be [" + text(out_features) + "]");
     }
 

@@ -141,7 +141,7 @@ public:
         const uint16_t* scales = args_.scales + tile * (groups / repeat) * kTileOutputs;
         for (int64_t first = 0; first < groups; first += kBlockGroups) {
             const int64_t count = std::min(kBlockGroups, groups - first);
-            kernel_.widen_scales(scales + first / repeat * kTileOutputs, count, repeat, scales_);
+            kernel_.widen_scales(scales + first / repeat * kTileOutputs, count / repeat, repeat, scales_);
             const uint8_t* block = weight + first * group_bytes_;
             // Four bits are spread once for all rows.
             if (args_.bits == 4) kernel_.unpack_int4(block, count * kGroupQuads / 2, unpacked_);
@@ -177,9 +177,12 @@ void write_out(const LinearArgs& args, int64_t tile, int64_t first_row, int64_t 
     float bias[kTileOutputs] = {};
     if (args.bias) std::copy_n(args.bias + first, count, bias);
     for (int64_t row = 0; row < rows; ++row, sums += kTileOutputs) {
-        float whole[kTileOutputs];
-        for (int i = 0; i < kTileOutputs; ++i) whole[i] = sums[i] + bias[i];
-        std::copy_n(whole, count, args.out + (first_row + row) * args.out_features + first);
+        float* out = args.out + (first_row + row) * args.out_features + first;
+        // A whole tile's count is known while compiling: no loop, no call.
+        if (count == kTileOutputs)
+            for (int i = 0; i < kTileOutputs; ++i) out[i] = sums[i] + bias[i];
+        else
+            for (int64_t i = 0; i < count; ++i) out[i] = sums[i] + bias[i];
     }
 }
 

@@ -128,6 +128,7 @@ inline int32_t packed_start(int32_t front, int32_t back, int bits) {
 // What one instruction set has to offer. `sums` is [rows][16] for each tile of outputs, added to.
 struct LinearKernels {
     void (*quantize_row)(const float* x, int64_t count, int64_t padded, int bits, const RowDigits& out);
+    // [count][16] float16 to [count * repeat][16] float32.
     void (*widen_scales)(const uint16_t* scales, int64_t count, int repeat, float* out);
     void (*unpack_int4)(const uint8_t* packed, int64_t pairs, uint8_t* out);
     // For 1, 2, 3, 4 rows. A block of inputs that is in the caches, its weights one byte each; `scales` are float32, one for

@@ -130,7 +130,7 @@ void stream(const Strip& strip, const Digits& digits, float* sums) {
     const int64_t tile_bytes = strip.groups * kGroupBytes<KIND>;
     const int64_t tile_scales = strip.groups / strip.groups_per_scale * kTileOutputs;
     for (int64_t g = 0; g < strip.groups; ++g) {
-        const uint16_t* scales = strip.scales + g / strip.groups_per_scale * kTileOutputs;
+        const uint16_t* scales = strip.scales + (g >> (strip.groups_per_scale - 1)) * kTileOutputs;  // no division
         for (int t = 0; t < strip.tiles; ++t, scales += tile_scales) {
             const uint8_t* weight = strip.weight + t * tile_bytes + g * kGroupBytes<KIND>;
             // Once read, weights are not needed again: past the caches, which hold the program and its data meanwhile.
@@ -155,9 +155,13 @@ void avx2_unpack_int4(const uint8_t* packed, int64_t pairs, uint8_t* out) {
 }
 
 void avx2_widen_scales(const uint16_t* scales, int64_t count, int repeat, float* out) {
-    for (int64_t g = 0; g < count; ++g, out += kTileOutputs)
-        for (int n = 0; n < kTileOutputs; n += 8)
-            _mm256_storeu_ps(out + n, widened(scales + g / repeat * kTileOutputs + n));
+    for (int64_t g = 0; g < count; ++g, scales += kTileOutputs) {
+        const __m256 first = widened(scales), second = widened(scales + 8);
+        for (int i = 0; i < repeat; ++i, out += kTileOutputs) {
+            _mm256_storeu_ps(out, first);
+            _mm256_storeu_ps(out + 8, second);
+        }
+    }
 }
 
 namespace {

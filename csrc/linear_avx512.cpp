@@ -81,7 +81,7 @@ void stream(const Strip& strip, const Digits& digits, float* sums) {
     const int64_t tile_bytes = strip.groups * kGroupBytes<KIND>;
     const int64_t tile_scales = strip.groups / strip.groups_per_scale * kTileOutputs;
     for (int64_t g = 0; g < strip.groups; ++g) {
-        const uint16_t* scales = strip.scales + g / strip.groups_per_scale * kTileOutputs;
+        const uint16_t* scales = strip.scales + (g >> (strip.groups_per_scale - 1)) * kTileOutputs;  // no division
         for (int t = 0; t < strip.tiles; ++t, scales += tile_scales) {
             const uint8_t* weight = strip.weight + t * tile_bytes + g * kGroupBytes<KIND>;
             // Once read, weights are not needed again: past the caches, which hold the program and its data meanwhile.

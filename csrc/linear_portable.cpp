@@ -80,8 +80,9 @@ float widen(uint16_t half) {
 }
 
 void widen_scales(const uint16_t* scales, int64_t count, int repeat, float* out) {
-    for (int64_t g = 0; g < count; ++g)
-        for (int o = 0; o < kTileOutputs; ++o) *out++ = widen(scales[g / repeat * kTileOutputs + o]);
+    for (int64_t g = 0; g < count; ++g, scales += kTileOutputs)
+        for (int i = 0; i < repeat; ++i, out += kTileOutputs)
+            for (int o = 0; o < kTileOutputs; ++o) out[o] = widen(scales[o]);
 }
 
 template <int ROWS, Kind KIND>
