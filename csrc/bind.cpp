@@ -18,6 +18,7 @@ void bind_linear(nb::module_& m);
 void bind_attention(nb::module_& m);
 void bind_elementwise(nb::module_& m);
 void bind_bandwidth(nb::module_& m);
+void bind_record(nb::module_& m);
 
 namespace {
 
@@ -50,4 +51,5 @@ NB_MODULE(_native, m) {
     bind_attention(m);
     bind_elementwise(m);
     bind_bandwidth(m);
+    bind_record(m);
 }

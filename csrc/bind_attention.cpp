@@ -11,6 +11,7 @@
 
 #include "attention.h"
 #include "check.h"
+#include "record.h"
 
 namespace nb = nanobind;
 
@@ -118,36 +119,40 @@ std::string first_ten(const Number* all, size_t count) {
     return listed(std::vector<Number>(all, all + std::min<size_t>(count, 10)));
 }
 
-void check_batch(const Array& q, const Array& cache, const Array& tables, const Array& lens, const Array& starts) {
+// What can be told of a batch by its arrays, without looking into them.
+void check_batch(const Array& tables, const Array& lens, const Array& starts) {
     BLUEJAY_CHECK(is_int(tables, 32, 2), "block_tables is " + described(tables) + ", expected int32 [S, max_blocks]");
     const size_t S = tables.shape(0);
     const auto check_ints = [&](const Array& array, const char* name, size_t size) {
         BLUEJAY_CHECK(is_int(array, 32, 1) && array.shape(0) == size,
-              std::string(name) + " is " + described(array) + ", expected int32 [" + std::to_string(size) + "] for the " +
-                  std::to_string(S) + " sequences of block_tables");
+                      std::string(name) + " is " + described(array) + ", expected int32 [" + std::to_string(size) +
+                          "] for the " + std::to_string(S) + " sequences of block_tables");
         check_memory(array, name, true);
     };
     check_memory(tables, "block_tables", true);
     check_ints(lens, "context_lens", S);
     check_ints(starts, "query_starts", S + 1);
-    const int32_t* start = numbers<int32_t>(starts);
-    BLUEJAY_CHECK(start[0] == 0 && start[S] == static_cast<int64_t>(q.shape(0)) && std::is_sorted(start, start + S + 1),
-          "query_starts is " + first_ten(start, S + 1) + ", expected to rise from 0 to the " +
-              std::to_string(q.shape(0)) + " rows of q");
-    const int64_t max_blocks = tables.shape(1), block_size = cache.shape(1), num_blocks = cache.shape(0);
-    for (size_t s = 0; s < S; ++s) {
-        const int64_t length = numbers<int32_t>(lens)[s], count = start[s + 1] - start[s];
-        BLUEJAY_CHECK(count <= length && length <= max_blocks * block_size,
-              "context_lens of sequence " + std::to_string(s) + " is " + std::to_string(length) +
-                  ", expected at least its queries, " + std::to_string(count) + ", and at most the " +
-                  std::to_string(max_blocks * block_size) + " slots of a block table");
-        const int32_t* table = numbers<int32_t>(tables) + s * max_blocks;
-        for (int64_t b = 0; b * block_size < length; ++b) {
+}
+
+// What the numbers of a batch say, with q of so many rows and a cache of so many blocks.
+void check_numbers(const AttentionArgs& args, int64_t rows, int64_t num_blocks) {
+    const int64_t S = args.sequences;
+    const int32_t* start = args.query_starts;
+    BLUEJAY_CHECK(start[0] == 0 && start[S] == rows && std::is_sorted(start, start + S + 1),
+                  "query_starts is " + first_ten(start, S + 1) + ", expected to rise from 0 to the " +
+                      std::to_string(rows) + " rows of q");
+    for (int64_t s = 0; s < S; ++s) {
+        const int64_t length = args.context_lens[s], count = start[s + 1] - start[s];
+        BLUEJAY_CHECK(count <= length && length <= args.max_blocks * args.block_size,
+                      "context_lens of sequence " + std::to_string(s) + " is " + std::to_string(length) +
+                          ", expected at least its queries, " + std::to_string(count) + ", and at most the " +
+                          std::to_string(args.max_blocks * args.block_size) + " slots of a block table");
+        const int32_t* table = args.block_tables + s * args.max_blocks;
+        for (int64_t b = 0; b * args.block_size < length; ++b)
             BLUEJAY_CHECK(0 <= table[b] && table[b] < num_blocks,
-                  "block_tables of sequence " + std::to_string(s) + " names block " + std::to_string(table[b]) +
-                      " at place " + std::to_string(b) + ", which is not there, expected 0 to " +
-                      std::to_string(num_blocks - 1) + " for as long as the context goes on");
-        }
+                          "block_tables of sequence " + std::to_string(s) + " names block " + std::to_string(table[b]) +
+                              " at place " + std::to_string(b) + ", which is not there, expected 0 to " +
+                              std::to_string(num_blocks - 1) + " for as long as the context goes on");
     }
 }
 
@@ -160,7 +165,7 @@ void attention(nb::ndarray<> out, Array q, Array k_cache, Array v_cache, Array b
     BLUEJAY_CHECK(std::isfinite(static_cast<float>(scale)), "scale is " + std::to_string(scale) + ", expected a finite number");
     BLUEJAY_CHECK(!window || *window > 0,
           "window is " + (window ? std::to_string(*window) : "None") + ", expected None or at least 1");
-    check_batch(q, k_cache, block_tables, context_lens, query_starts);
+    check_batch(block_tables, context_lens, query_starts);
     const AttentionArgs args{numbers<float>(q),
                              static_cast<float*>(out.data()),
                              static_cast<int64_t>(q.shape(1)),
@@ -176,27 +181,25 @@ void attention(nb::ndarray<> out, Array q, Array k_cache, Array v_cache, Array b
                              static_cast<int64_t>(block_tables.shape(0)),
                              static_cast<float>(scale),
                              std::min<int64_t>(window.value_or(0), INT32_MAX)};
-    const nb::gil_scoped_release released;
-    paged_attention(args);
+    submit([args, rows = static_cast<int64_t>(q.shape(0)), num_blocks = static_cast<int64_t>(k_cache.shape(0))] {
+        check_numbers(args, rows, num_blocks);
+        paged_attention(args);
+    });
 }
 
-void check_slots(const Array& slots, const Array& k, int64_t num_slots) {
-    const size_t T = k.shape(0);
-    BLUEJAY_CHECK(is_int(slots, 64, 1) && slots.shape(0) == T,
-          "slots is " + described(slots) + ", expected int64 [" + std::to_string(T) + "]: one for each token of k");
-    check_memory(slots, "slots", true);
+void check_slots(const WriteArgs& args, int64_t num_slots) {
     std::vector<int64_t> used;
-    for (size_t i = 0; i < T; ++i) {
-        const int64_t slot = numbers<int64_t>(slots)[i];
+    for (int64_t i = 0; i < args.tokens; ++i) {
+        const int64_t slot = args.slots[i];
         BLUEJAY_CHECK(-1 <= slot && slot < num_slots,
-              "slots holds " + std::to_string(slot) + ", expected -1 or 0 to " + std::to_string(num_slots - 1) +
-                  ": the cache has " + std::to_string(num_slots) + " slots");
+                      "slots holds " + std::to_string(slot) + ", expected -1 or 0 to " + std::to_string(num_slots - 1) +
+                          ": the cache has " + std::to_string(num_slots) + " slots");
         if (slot >= 0) used.push_back(slot);
     }
     std::sort(used.begin(), used.end());
     const auto twice = std::adjacent_find(used.begin(), used.end());
-    BLUEJAY_CHECK(twice == used.end(), "slots holds " + std::to_string(twice == used.end() ? 0 : *twice) +
-                                   " more than once, expected a slot of its own for each token");
+    BLUEJAY_CHECK(twice == used.end(),
+                  "slots holds " + std::to_string(*twice) + " more than once, expected a slot of its own for each token");
 }
 
 void write(Array k, Array v, nb::ndarray<> k_cache, nb::ndarray<> v_cache, Array slots) {
@@ -205,7 +208,10 @@ void write(Array k, Array v, nb::ndarray<> k_cache, nb::ndarray<> v_cache, Array
     BLUEJAY_CHECK(is_float32(v, 3) && same_shape(v, k), "v is " + described(v) + ", expected k's " + described(k));
     check_memory(v, "v", true);
     check_caches(keys, values, k, "k");
-    check_slots(slots, k, static_cast<int64_t>(keys.shape(0) * keys.shape(1)));
+    BLUEJAY_CHECK(is_int(slots, 64, 1) && slots.shape(0) == k.shape(0),
+                  "slots is " + described(slots) + ", expected int64 [" + std::to_string(k.shape(0)) +
+                      "]: one for each token of k");
+    check_memory(slots, "slots", true);
     const WriteArgs args{numbers<float>(k),
                          numbers<float>(v),
                          static_cast<int64_t>(k.shape(0)),
@@ -215,8 +221,10 @@ void write(Array k, Array v, nb::ndarray<> k_cache, nb::ndarray<> v_cache, Array
                          view_of(values),
                          static_cast<int64_t>(keys.shape(1)),
                          numbers<int64_t>(slots)};
-    const nb::gil_scoped_release released;
-    write_kv(args);
+    submit([args, num_slots = static_cast<int64_t>(keys.shape(0) * keys.shape(1))] {
+        check_slots(args, num_slots);
+        write_kv(args);
+    });
 }
 
 }  // namespace

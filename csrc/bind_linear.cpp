@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "linear.h"
+#include "record.h"
 
 namespace nb = nanobind;
 
@@ -61,8 +62,7 @@ void checked_linear(int bits, Output out, Floats x, Packed weight, Scales scales
                           bias ? bias->data() : nullptr,
                           out.data(),
                           out_features};
-    nb::gil_scoped_release released;
-    linear(args);
+    submit([args] { linear(args); });
 }
 
 }  // namespace

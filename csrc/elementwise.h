@@ -12,7 +12,15 @@ void gelu_new(float* x, int64_t count);
 // cosine and the sine of an angle.
 void rotate(float* x, const float* turns, int64_t tokens, int64_t heads, int64_t head_dim, int64_t pairs);
 
+// out = (x - mean) / sqrt(variance + eps) * weight + bias for each row of x [rows, width]; out may be x.
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, int64_t rows, int64_t width, float* out);
+
+// x += y.
+void add(float* x, const float* y, int64_t count);
+
 struct ElementwiseKernels {
+    void (*layer_norm_row)(const float* x, const float* weight, const float* bias, float eps, int64_t width, float* out);
+    void (*add_row)(float* x, const float* y, int64_t count);
     void (*gelu_new)(float* x, int64_t count);
     void (*rotate_head)(float* x, const float* turns, int64_t pairs);
 };

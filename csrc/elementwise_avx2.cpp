@@ -4,6 +4,6 @@
 
 namespace bluejay {
 
-const ElementwiseKernels elementwise_avx2 = {gelu_new_row, rotate_head};
+const ElementwiseKernels elementwise_avx2 = {layer_norm_row, add_row, gelu_new_row, rotate_head};
 
 }  // namespace bluejay

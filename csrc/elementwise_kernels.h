@@ -33,5 +33,41 @@ void rotate_head(float* x, const float* turns, int64_t pairs) {
     }
 }
 
+// Up to kLanes numbers, and zeros behind them.
+BLUEJAY_INLINE Vec load_some(const float* from, int64_t count) {
+    float lanes[kLanes] = {};
+    memcpy(lanes, from, count * sizeof(float));
+    return load(lanes);
+}
+
+BLUEJAY_INLINE float sum_of(Vec v) {
+    float sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += v[i];
+    return sum;
+}
+
+// The variance of what is left when the mean is gone, not that of the squares: those lose digits where the mean is large.
+void layer_norm_row(const float* x, const float* weight, const float* bias, float eps, int64_t width, float* out) {
+    const int64_t whole = width / kLanes * kLanes;
+    Vec total = load_some(x + whole, width - whole);
+    for (int64_t i = 0; i < whole; i += kLanes) total += load(x + i);
+    const float mean = sum_of(total) / static_cast<float>(width);
+    Vec squares{};
+    for (int64_t i = 0; i < whole; i += kLanes) {
+        const Vec apart = load(x + i) - mean;
+        squares = multiply_add(apart, apart, squares);
+    }
+    float square = sum_of(squares);
+    for (int64_t i = whole; i < width; ++i) square += (x[i] - mean) * (x[i] - mean);
+    const float scale = 1 / __builtin_sqrtf(square / static_cast<float>(width) + eps);
+    for (int64_t i = 0; i < whole; i += kLanes)
+        store(out + i, multiply_add((load(x + i) - mean) * scale, load(weight + i), load(bias + i)));
+    for (int64_t i = whole; i < width; ++i) out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+}
+
+void add_row(float* x, const float* y, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) x[i] += y[i];
+}
+
 }  // namespace
 }  // namespace bluejay

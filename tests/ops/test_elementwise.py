@@ -119,3 +119,95 @@ def test_rotate_names_what_it_does_not_take(name, x, turns, message):
     ops.choose(name)
     with pytest.raises(KernelError, match=message):
         ops.rotate_(x, turns)
+
+
+@pytest.mark.parametrize("name", [*NATIVE, ops.REFERENCE])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 0, 8), (2, 3, 64), (9, 4096), (1, 1, 70)])
+def test_layer_norm_is_the_formula(name, shape):
+    ops.choose(name)
+    x = torch.randn(shape) * 3 + 50  # far from 0: a difference of squares would lose its digits
+    weight, bias = torch.randn(shape[-1]), torch.randn(shape[-1])
+    given = x.clone()
+    found = ops.layer_norm(x, weight, bias, 1e-5)
+    exact = F.layer_norm(x.double(), shape[-1:], weight.double(), bias.double(), 1e-5)
+    torch.testing.assert_close(found.double(), exact, atol=3e-5, rtol=1e-5)
+    assert torch.equal(x, given)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_layer_norm_and_add_do_not_depend_on_threads(name):
+    ops.choose(name)
+    x, y, weight, bias = torch.randn(70, 1000), torch.randn(70, 1000), torch.randn(1000), torch.randn(1000)
+    outs = []
+    for threads in (1, 2, 3):
+        ops.set_num_threads(threads)
+        outs.append(ops.layer_norm(ops.add_(x.clone(), y), weight, bias, 1e-5))
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("name", [*NATIVE, ops.REFERENCE])
+@pytest.mark.parametrize("shape", [(0,), (1,), (3, 5), (2, 3, 4096)])
+def test_add_adds_in_place(name, shape):
+    ops.choose(name)
+    x, y = torch.randn(shape), torch.randn(shape)
+    expected = x + y
+    assert ops.add_(x, y) is x
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("name", [*NATIVE, ops.REFERENCE])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ops.layer_norm(torch.ones(2, 8), torch.ones(7), torch.ones(7), 1e-5),
+        lambda: ops.layer_norm(torch.ones(2, 8), torch.ones(8), torch.ones(7), 1e-5),
+        lambda: ops.layer_norm(torch.ones(2, 8).double(), torch.ones(8), torch.ones(8), 1e-5),
+        lambda: ops.layer_norm(torch.ones(2, 8), torch.ones(8).half(), torch.ones(8), 1e-5),
+        lambda: ops.add_(torch.ones(2, 8), torch.ones(8)),
+        lambda: ops.add_(torch.ones(2, 8), torch.ones(2, 8).double()),
+        lambda: ops.add_(torch.ones(8, 2).t(), torch.ones(2, 8)),
+    ],
+)
+def test_layer_norm_and_add_refuse_what_does_not_fit(name, call):
+    ops.choose(name)
+    with pytest.raises(KernelError):
+        call()
+
+
+@pytest.mark.skipif(not NATIVE, reason="no compiled kernels")
+def test_a_recording_repeats_its_kernels_with_what_memory_holds_now():
+    x, y = torch.ones(4), torch.full((4,), 2.0)
+    with ops.Recording() as recording:
+        total = ops.add_(x, y)
+        normed = ops.layer_norm(total, torch.ones(4), torch.zeros(4), 1e-5)
+    assert len(recording) == 2
+    y.copy_(torch.arange(4.0))
+    recording.replay()
+    assert x.tolist() == [3.0, 4.0, 5.0, 6.0]
+    torch.testing.assert_close(normed, F.layer_norm(x, (4,)))
+    ops.add_(x, y)  # the recording is closed
+    assert len(recording) == 2
+
+
+@pytest.mark.skipif(not NATIVE, reason="no compiled kernels")
+def test_a_repeated_call_checks_what_memory_holds_now():
+    k, cache, slots = torch.ones(1, 1, 4), torch.zeros(1, 8, 1, 4), torch.tensor([3])
+    with ops.Recording() as recording:
+        ops.write_kv(k, k, cache, cache.clone(), slots)
+    slots.fill_(5)
+    recording.replay()
+    assert cache[0, :, 0, 0].tolist() == [0, 0, 0, 1, 0, 1, 0, 0]
+    slots.fill_(8)
+    with pytest.raises(KernelError, match="slots holds 8, expected -1 or 0 to 7"):
+        recording.replay()
+
+
+@pytest.mark.skipif(not NATIVE, reason="no compiled kernels")
+def test_a_recording_ends_with_an_error_and_one_is_open_at_a_time():
+    x = torch.ones(4)
+    with pytest.raises(KernelError), ops.Recording() as broken:
+        ops.add_(x, torch.ones(5))
+    assert len(broken) == 0
+    with ops.Recording(), pytest.raises(KernelError, match="a recording is open"), ops.Recording():
+        pass

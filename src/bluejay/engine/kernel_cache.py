@@ -26,6 +26,8 @@ class _Rows:
     Shapes (B rows, T tokens of each): block_tables [B, 1], context_lens [B], query_starts [B + 1], slots [B * T].
     """
 
+    capacity: int
+    num_tokens: int
     block_tables: Tensor
     context_lens: Tensor
     query_starts: Tensor
@@ -34,9 +36,18 @@ class _Rows:
     @classmethod
     def of(cls, starts: Sequence[int], num_tokens: int, capacity: int, device: torch.device) -> _Rows:
         rows = torch.arange(len(starts) + 1, device=device)
-        first = torch.tensor(starts, device=device)
-        slots = (rows[:-1] * capacity + first)[:, None] + torch.arange(num_tokens, device=device)
-        return cls(rows[:-1, None].int(), (first + num_tokens).int(), (rows * num_tokens).int(), slots.flatten())
+        lens = torch.empty(len(starts), dtype=torch.int32, device=device)
+        slots = torch.empty(len(starts) * num_tokens, dtype=torch.int64, device=device)
+        made = cls(capacity, num_tokens, rows[:-1, None].int(), lens, (rows * num_tokens).int(), slots)
+        made.move(starts)
+        return made
+
+    def move(self, starts: Sequence[int]) -> None:
+        """Let the same rows go on from other places; the tensors stay where they are."""
+        first = torch.tensor(starts, device=self.slots.device)
+        self.context_lens.copy_(first + self.num_tokens)
+        slots = self.block_tables * self.capacity + first[:, None] + torch.arange(self.num_tokens, device=first.device)
+        self.slots.copy_(slots.flatten())
 
 
 class KernelCache(ContiguousCache):
@@ -45,16 +56,33 @@ class KernelCache(ContiguousCache):
     Args:
         n_positions, capacity: as `ContiguousCache`.
         dtype: float32, float16 or bfloat16.
+
+    Attributes:
+        settled: whether this step's keys, values and tables lie where the last step's did.
+        recorded: a step that was recorded with them; None once one of them has moved.
     """
 
     def __init__(self, n_positions: int, capacity: int = 64, *, dtype: torch.dtype = CACHE_DTYPE) -> None:
         super().__init__(n_positions, capacity)
         self._dtype = dtype
         self._rows: _Rows | None = None
+        self.settled = False
+        self.recorded: object | None = None
 
     def begin(self, starts: Sequence[int], num_tokens: int) -> None:
+        rows = self._rows
+        same = rows is not None and (len(rows.context_lens), rows.num_tokens) == (len(starts), num_tokens)
+        self.settled = same and max(starts) + num_tokens <= self._capacity
+        if not self.settled:
+            self._forget()  # before new memory is taken: a recording holds the old
         super().begin(starts, num_tokens)
-        self._rows = None
+        if rows is not None and self.settled:
+            rows.move(starts)
+
+    def select(self, rows: Sequence[int]) -> None:
+        if list(rows) != list(range(len(self._starts))):
+            self._forget()
+        super().select(rows)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
         """Write k and v, then attend; see `Attend`. Shapes: q, k, v [B, T, H, K]."""
@@ -70,6 +98,9 @@ class KernelCache(ContiguousCache):
     def _room(self, like: Tensor, num_rows: int) -> Tensor:
         """Whatever memory holds: the kernels read no slot that was not written."""
         return like.new_empty(num_rows, self._capacity, *like.shape[2:], dtype=self._dtype)
+
+    def _forget(self) -> None:
+        self._rows = self.recorded = None
 
 
 class KernelAttention:

@@ -19,6 +19,7 @@ from bluejay.decoding.sampler import Choice, TokenLogprobs, choose, generator_fo
 from bluejay.decoding.stopping import FinishReason, StopText, finish_reason, new_token_limit
 from bluejay.engine.contiguous_cache import ContiguousCache
 from bluejay.engine.kernel_cache import CACHE_DTYPE, KernelAttention, KernelCache
+from bluejay.engine.recorded_step import decode
 from bluejay.engine.request import GenerationEvent, GenerationRequest, RequestOutput, Score, SequenceOutput
 from bluejay.errors import ContextLengthExceeded, InvalidRequest, UnsupportedOption
 from bluejay.model import CausalAttention, LanguageModel
@@ -259,7 +260,10 @@ class PlainEngine:
         return mask.to(self._device) if mask.any() else None
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
-        logits = self._model.logits(hidden_states)
+        return self._allowed(self._model.logits(hidden_states))
+
+    def _allowed(self, logits: Tensor) -> Tensor:
+        """Without the ids that must never be chosen."""
         return logits if self._forbidden is None else logits.masked_fill_(self._forbidden, -torch.inf)
 
     def _new_cache(self) -> ContiguousCache:
@@ -281,6 +285,8 @@ class PlainEngine:
         cache.begin(starts, 1)
         input_ids = torch.tensor([[history[-1]] for history in histories], device=self._device)
         positions = torch.tensor([[start] for start in starts], device=self._device)
+        if isinstance(cache, KernelCache):
+            return self._allowed(decode(self._model, input_ids, positions, cache))
         return self._logits(self._model(input_ids, positions, cache)[:, 0])
 
     def _padded(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

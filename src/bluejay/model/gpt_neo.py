@@ -5,6 +5,9 @@ Source: Black et al. 2021, gpt-neo; parameter names are Hugging Face's GPTNeoFor
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from bluejay.model.attention import Attend
@@ -71,10 +74,11 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
+        self.add: Callable[[Tensor, Tensor], Tensor] = torch.add
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        x = x + self.attn(self.ln_1(x), attend)
-        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+        x = self.add(self.attn(self.ln_1(x), attend), x)
+        return self.add(self.mlp(self.ln_2(x)), x)
 
 
 class Transformer(nn.Module):
@@ -87,11 +91,18 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        x = self.wte(input_ids) + self.wpe(positions)
+    def embed(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor]:
+        """What the blocks read, [..., n_embd]."""
+        return (self.wte(input_ids) + self.wpe(positions),)
+
+    def blocks(self, x: Tensor, attend: Attend) -> Tensor:
+        """All blocks and the last LayerNorm: [..., n_embd] -> [..., n_embd]."""
         for block in self.h:
             x = block(x, attend)
         return self.ln_f(x)  # type: ignore[no-any-return]
+
+    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        return self.blocks(*self.embed(input_ids, positions), attend)
 
 
 class GPTNeo(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from bluejay.model.attention import Attend
@@ -62,11 +63,11 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
+        self.add: Callable[[Tensor, Tensor], Tensor] = torch.add
 
     def forward(self, x: Tensor, turns: Tensor, attend: Attend) -> Tensor:
         h = self.ln_1(x)
-        out: Tensor = x + self.attn(h, turns, attend) + self.mlp(h)
-        return out
+        return self.add(self.add(self.attn(h, turns, attend), x), self.mlp(h))
 
 
 class Transformer(nn.Module):
@@ -79,12 +80,18 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.rotary_dim = config.rotated_dims
 
-    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        x = self.wte(input_ids)
-        turns = rotary_turns(positions, self.rotary_dim)
+    def embed(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What the blocks read: [..., n_embd], and the turns of the positions."""
+        return self.wte(input_ids), rotary_turns(positions, self.rotary_dim)
+
+    def blocks(self, x: Tensor, turns: Tensor, attend: Attend) -> Tensor:
+        """All blocks and the last LayerNorm: [..., n_embd] -> [..., n_embd]."""
         for block in self.h:
             x = block(x, turns, attend)
         return self.ln_f(x)  # type: ignore[no-any-return]
+
+    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        return self.blocks(*self.embed(input_ids, positions), attend)
 
 
 class GPTJ(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bluejay.errors import KernelError
 from bluejay.ops import native, reference
+from bluejay.ops.native import Recording as Recording
 from bluejay.ops.threads import processors
 
 ENVIRONMENT = "BLUEJAY_KERNELS"
@@ -143,6 +144,17 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
 def gelu_new_(x: Tensor) -> Tensor:
     """GELU in its tanh form, in place: fresh memory for a prompt takes longer to find than the numbers do."""
     return native.gelu_new_(x) if _is_native(x) else reference.gelu_new_(x)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Normalise the last dim: x [..., W] float32, weight and bias [W] -> [..., W]."""
+    norm = native.layer_norm if _is_native(x) else reference.layer_norm
+    return norm(x, weight, bias, eps)
+
+
+def add_(x: Tensor, y: Tensor) -> Tensor:
+    """Add y to x in place, both float32 and of one shape."""
+    return native.add_(x, y) if _is_native(x) else reference.add_(x, y)
 
 
 def rotate_(x: Tensor, turns: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ The extension checks dtypes, shapes, strides and numbers itself: what it refuses
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -100,6 +101,22 @@ def gelu_new_(x: Tensor) -> Tensor:
     return x
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """As `reference.layer_norm`."""
+    x = _plain(x, "x").resolve_neg().contiguous()
+    out = torch.empty_like(x)
+    _call(extension().layer_norm, out, x, weight, bias, eps)
+    return out
+
+
+def add_(x: Tensor, y: Tensor) -> Tensor:
+    """As `reference.add_`."""
+    if x.shape != y.shape:
+        raise KernelError(f"x is {_described(x)} and y {_described(y)}, expected one shape")
+    _call(extension().add_, _plain(x, "x"), y)
+    return x
+
+
 def rotate_(x: Tensor, turns: Tensor) -> Tensor:
     """As `reference.rotate_`."""
     check_rotate(x, turns)
@@ -114,6 +131,48 @@ def read_sum(buffer: Tensor) -> int:
     return int(_call(extension().read_sum, buffer))
 
 
+class Recording:
+    """Calls of kernels that can be repeated, without Python and PyTorch in between.
+
+    What a step of decoding does is the same each time, only numbers in memory change: those of the tensors that went
+    into the calls, which stay where they are and are kept alive. Only kernels are recorded; what PyTorch computes in
+    between is not computed again. One recording at a time for each thread.
+
+        with Recording() as recording:
+            y = linear_int8(x, ...)
+        x.copy_(other)
+        recording.replay()  # y holds what belongs to `other`
+    """
+
+    def __init__(self) -> None:
+        self._calls = extension().Recording()
+        self._kept: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __enter__(self) -> Recording:
+        if getattr(_recording, "kept", None) is not None:
+            raise KernelError("a recording is open in this thread; end it first")
+        _recording.kept = self._kept
+        self._calls.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._calls.stop()
+        _recording.kept = None
+
+    def replay(self) -> None:
+        """Call all kernels again, in order. Raises: KernelError as the calls do."""
+        try:
+            self._calls.replay()
+        except ValueError as error:
+            raise KernelError(str(error)) from None
+
+
+_recording = threading.local()  # kept: the tensors of the open recording
+
+
 def _plain(x: Tensor, name: str) -> Tensor:
     """The tensor without its history: kernels have no gradient."""
     if x.requires_grad and torch.is_grad_enabled():
@@ -123,7 +182,7 @@ def _plain(x: Tensor, name: str) -> Tensor:
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
     try:
-        return function(*map(_handed_over, args))
+        result = function(*map(_handed_over, args))
     except ValueError as error:
         raise KernelError(str(error)) from None
     except (TypeError, BufferError):  # nanobind's message lists C++ types, which say nothing to who calls
@@ -131,6 +190,9 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
         raise KernelError(
             f"{function.__name__}: no kernel takes ({given}); tensors must be dense, on the CPU"
         ) from None
+    if (kept := getattr(_recording, "kept", None)) is not None:
+        kept.append(args)
+    return result
 
 
 def _handed_over(arg: Any) -> Any:

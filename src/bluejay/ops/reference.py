@@ -13,9 +13,9 @@ bytes of 4 inputs of all 16 outputs lie together, as the kernels read them; with
     int4 weight  uint8   [tiles, K/8, 64]    low nibble: output b//4, input 8j + b%4; high nibble: input 4 further
     scales       float16 [tiles, K/group_size, 16]
 
-Activations become integers on the fly, with a scale for each row and each 32 inputs. With 8-bit weights it is such that
-of four inputs that are summed in 16 bits, which is what makes AVX2 fast, those of one sign add up to 180 at most, 182 when
-rounded: the weights being unsigned, 180 * 182 = 32,760 is the largest sum that may come about.
+Activations become integers on the fly, with a scale for each row and each 32 inputs. With 8-bit weights it is such
+that of four inputs that are summed in 16 bits, which is what makes AVX2 fast, those of one sign add up to 180 at most,
+182 when rounded: the weights being unsigned, 180 * 182 = 32,760 is the largest sum that may come about.
 """
 
 from __future__ import annotations
@@ -212,8 +212,9 @@ def quantize_activations(x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
 def _largest_of_four(groups: Tensor) -> Tensor:
     """The largest sum of one sign over four inputs that meet, [..., 32] -> [...]."""
     parts = torch.stack((groups, -groups), dim=-2).clamp(min=0)
-    pairs = parts.unflatten(-1, (4, 2, 2, 2)).sum(-1)  # eights, quads, pairs, inputs
-    return pairs.sum(-2).flatten(-3).amax(-1)
+    eights, quads, pairs, inputs = 4, 2, 2, 2
+    fours = parts.view(*parts.shape[:-1], eights, quads, pairs, inputs).sum(-1).sum(-2)
+    return fours.flatten(-3).amax(-1)
 
 
 def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, *, out_features: int) -> Tensor:
@@ -336,6 +337,30 @@ def gelu_new_(x: Tensor) -> Tensor:
         f"x is {_described(x)} with strides {list(x.stride())}, expected float32, contiguous",
     )
     return x.copy_(F.gelu(x, approximate="tanh"))
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim; all float32, weight and bias [width].
+
+    Source: Ba et al. 2016 (arXiv:1607.06450), section 3.
+    """
+    width = weight.shape[-1:]
+    _check(
+        x.dtype == weight.dtype == bias.dtype == torch.float32 and x.shape[-1:] == weight.shape == bias.shape,
+        f"x is {_described(x)}, weight {_described(weight)}, bias {_described(bias)}, expected float32 of one width",
+    )
+    return F.layer_norm(x, width, weight, bias, eps)
+
+
+def add_(x: Tensor, y: Tensor) -> Tensor:
+    """Add y to x in place; both float32 and contiguous, of one shape."""
+    for name, tensor in (("x", x), ("y", y)):
+        _check(
+            tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.shape == x.shape,
+            f"{name} is {_described(tensor)} with strides {list(tensor.stride())}, expected float32, contiguous, "
+            f"{list(x.shape)}",
+        )
+    return x.add_(y)
 
 
 def rotate_(x: Tensor, turns: Tensor) -> Tensor:
