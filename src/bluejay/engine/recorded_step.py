@@ -16,7 +16,7 @@ from bluejay import ops
 from bluejay.engine.kernel_cache import KernelCache
 from bluejay.model import LanguageModel
 
-MOST_ROWS = 8  # a recording keeps all that its kernels wrote, 5 MB a row for GPT-J-6B, and more rows gain little
+MOST_ROWS = 16  # a recording keeps all that its kernels wrote, 5 MB a row for GPT-J-6B, and more rows gain little
 
 
 class RecordedStep:
