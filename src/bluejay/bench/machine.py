@@ -12,6 +12,7 @@ import torch
 from bluejay import ops
 from bluejay.errors import ConfigError
 from bluejay.model.device import available_memory_bytes
+from bluejay.ops.memory import prefer_huge_pages
 
 BUFFER_BYTES = 2**30  # beyond any cache
 LEAST_BUFFER_BYTES = 2**28  # the largest third-level caches of one processor come near this
@@ -20,14 +21,15 @@ LEAST_BUFFER_BYTES = 2**28  # the largest third-level caches of one processor co
 class BandwidthMeter:
     """Reads a buffer that no cache holds, with the threads and the memory pages that weights are read with.
 
-    The buffer comes from PyTorch's allocator, as weights do, and is filled: pages that nobody wrote to are all one page
-    of zeros, which a cache holds.
+    The buffer comes from PyTorch's allocator, in huge pages, as weights do that are not mapped, and is filled: pages
+    that nobody wrote to are all one page of zeros, which a cache holds.
     It takes 1 GiB, or half of the free memory if that is less, but 256 MiB at least.
     """
 
     def __init__(self) -> None:
         num_bytes = max(LEAST_BUFFER_BYTES, min(BUFFER_BYTES, free_memory_bytes() // 2))
-        self._buffer = torch.empty(num_bytes // 64 * 64, dtype=torch.uint8).fill_(1)
+        self._buffer = prefer_huge_pages(torch.empty(num_bytes // 64 * 64, dtype=torch.uint8)).fill_(1)
+        self.read()  # the system may still be putting pages together
 
     def read(self) -> float:
         """Read the whole buffer once; 10^9 bytes a second."""

@@ -24,6 +24,7 @@ from bluejay.model.gptj import GPTJ
 from bluejay.model.layers import ACTIVATION, Embedding, Head, Linear, rotate
 from bluejay.model.registry import build
 from bluejay.ops import reference
+from bluejay.ops.memory import prefer_huge_pages
 
 QUANTIZED_DTYPES = {"int8": 8, "int4": 4}
 CONFIG_KEY = "quantization_config"
@@ -254,6 +255,8 @@ def build_quantized(
     model.config = with_quantization(config, quantization)
     if device != "meta":
         model = model.to_empty(device=device)
+        for weight in model.buffers():
+            prefer_huge_pages(weight)
     return model.requires_grad_(False).eval()
 
 
@@ -390,8 +393,8 @@ def pack_weight(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Ten
     Raises: KernelError for NaN and infinity.
     """
     N, K = weight.shape
-    packed = torch.empty(quantization.weight_shape(N, K), dtype=torch.uint8)
-    scales = torch.empty(quantization.scales_shape(N, K), dtype=torch.float16)
+    packed = prefer_huge_pages(torch.empty(quantization.weight_shape(N, K), dtype=torch.uint8))
+    scales = prefer_huge_pages(torch.empty(quantization.scales_shape(N, K), dtype=torch.float16))
     rounded = reference.quantize_int8 if quantization.bits == 8 else reference.quantize_int4
     at_once = max(1, _PACKED_AT_ONCE // K // reference.TILE)
 
