@@ -17,7 +17,8 @@ namespace bluejay {
 namespace {
 
 constexpr int64_t kBlockGroups = 32;  // 1,024 inputs: 16 KiB of weights, half of a first-level cache
-constexpr int64_t kMaxRows = 512;     // rows whose digits and sums stay in the outer caches from tile to tile
+constexpr int64_t kMaxRows = 512;     // worked on at a time, so that digits and sums stay in the outer caches
+constexpr int64_t kMaxDigits = 4 << 20;  // of those rows, in bytes
 constexpr int64_t kLine = 64;         // bytes of a cache line
 constexpr int64_t kTurn = 8;          // tiles of outputs that a thread takes at a time, if each is short work
 
@@ -223,8 +224,9 @@ void multiply(const LinearKernels& kernel, const LinearArgs& args, const TiledDi
 void linear(const LinearArgs& args) {
     thread_local TiledDigits digits;  // kept from call to call: allocating megabytes anew costs a page fault each 4 KiB
     const LinearKernels& kernel = kernels();
-    for (int64_t first_row = 0; first_row < args.rows; first_row += kMaxRows) {
-        const int64_t rows = std::min(kMaxRows, args.rows - first_row);
+    const int64_t at_once = std::clamp(kMaxDigits / args.padded_in / kTileRows * kTileRows, int64_t{kTileRows}, kMaxRows);
+    for (int64_t first_row = 0; first_row < args.rows; first_row += at_once) {
+        const int64_t rows = std::min(at_once, args.rows - first_row);
         digits.quantize(kernel, args, first_row, rows);
         if (digits.tiles() == 1) stream(kernel, args, digits, first_row);
         else multiply(kernel, args, digits, first_row, rows);

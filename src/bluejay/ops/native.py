@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bluejay.errors import KernelError
+from bluejay.ops.memory import HUGE_PAGE, prefer_huge_pages
 from bluejay.ops.reference import check_rotate
 
 
@@ -64,6 +65,8 @@ def _linear(bits: int, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor |
     if out_features < 1:
         raise KernelError(f"out_features is {out_features}, expected at least 1")
     out = torch.empty(*x.shape[:-1], out_features, dtype=torch.float32, device="cpu")
+    if out.nbytes >= 2 * HUGE_PAGE:  # a prompt's: fresh from the system each time
+        prefer_huge_pages(out)
     _call(extension().linear, bits, out, x, weight, scales, bias)
     return out
 
