@@ -3,7 +3,7 @@
 //   1. The rows become digits, in tiles of four rows.
 //   2. The outputs are dealt to the threads in tiles of 16. For up to four rows, two such tiles are read side by side from
 //      memory. For more, a tile goes through its inputs in blocks that fit the first-level cache, and for each block
-//      through all rows. Weights come from memory once, whatever the rows.
+//      through all rows, up to 512 at a time: weights come from memory once for so many.
 #include "linear.h"
 
 #include <algorithm>
@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kBlockGroups = 32;  // 1,024 inputs: 16 KiB of weights, half of a first-level cache
 constexpr int64_t kMaxRows = 512;     // worked on at a time, so that digits and sums stay in the outer caches
-constexpr int64_t kMaxDigits = 4 << 20;  // of those rows, in bytes
+constexpr int64_t kMaxDigits = 4 << 20;  // of those rows, in bytes of one digit each
 constexpr int64_t kLine = 64;         // bytes of a cache line
 constexpr int64_t kTurn = 8;          // tiles of outputs that a thread takes at a time, if each is short work
 

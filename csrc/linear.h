@@ -6,7 +6,8 @@
 //
 //   int8: weight w in [-90, 90], stored as w + 90. Digits are such that of 4 inputs whose products meet in one lane of 16
 //         bits, the positive ones add up to 182 at most, and so do the negative ones: 180 * 182 = 32,760 fits. A group of
-//         inputs that stands out of its row (an outlier feature) gets two digits, value = 91 * high + low.
+//         inputs that stands out of its row (an outlier feature) gets two digits, value = 91 * high + low. Weight bytes
+//         beyond 180, which Bluejay does not write, give wrong sums, and not the same ones on all processors.
 //   int4: weight w in [-8, 7], stored as w + 8; digit in [-127, 127]. Sixteen such products fit 16 bits.
 //
 // The stored offset (90 or 8) is taken out by where a group's sum starts: at -offset * (sum of its digits).
@@ -17,9 +18,7 @@
 //   int4   pair j: the same 64 bytes, low halves quad 2j, high halves quad 2j+1
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <limits>
 
 namespace bluejay {
 
@@ -36,10 +35,10 @@ constexpr int kDigitBase = 91;
 constexpr float kMostWide = 90 * 91;    // the largest value of two digits
 constexpr float kOutlier = 6;           // root mean squares of a row, beyond which a group gets two
 
-// A core fetches one sequence of addresses at 24 GB/s, and two of them at 29, of the 29 that it gets in any way; four are
-// no faster, and eight slower. Along each it asks for what comes some lines later.
+// Tiles that are read side by side. Two cores of a Zen 3 read 24 GB/s of memory's 29 along one sequence of addresses each,
+// all of them along two; four are no faster, and eight slower.
 constexpr int kStreams = 2;
-constexpr int64_t kShortly = 1024;      // bytes
+constexpr int64_t kShortly = 1024;      // bytes that each asks for ahead; 512 to 2,048 make no difference
 
 struct LinearArgs {
     int bits;                     // 8 or 4
@@ -93,9 +92,11 @@ struct Strip {
     const uint8_t* end;           // of all weights
 };
 
+// The functions here are static: compiled for one instruction set, they must not be kept by the linker for another one.
+
 // What of a strip is fetched while the group at this byte of its tile t is worked on: the same tile's next ones, and behind
 // its end those of the next strip.
-inline const uint8_t* shortly(const Strip& strip, int t, int64_t byte, int64_t tile_bytes) {
+static inline const uint8_t* shortly(const Strip& strip, int t, int64_t byte, int64_t tile_bytes) {
     const int64_t tile = byte + kShortly < tile_bytes ? t : t + strip.tiles - 1;
     const uint8_t* ahead = strip.weight + tile * tile_bytes + byte + kShortly;
     return ahead < strip.end ? ahead : strip.weight;
@@ -109,18 +110,19 @@ struct GroupScale {
 
 // Args: whether the group holds NaN or infinity, its largest magnitude, for int8 the largest sum of one sign over four
 // inputs that meet, and the magnitude from which on a group holds outliers.
-inline GroupScale group_scale(bool broken, float top, float of_four, float threshold, int bits) {
+static inline GroupScale group_scale(bool broken, float top, float of_four, float threshold, int bits) {
     // A NaN or an infinity makes every output of its row NaN, as it would in floating point.
-    if (broken) return {0, std::numeric_limits<float>::quiet_NaN(), false};
+    if (broken) return {0, __builtin_nanf(""), false};
     if (top < 1e-30f) return {0, 0, false};  // most / top would overflow
     const bool wide = bits == 8 && top > threshold;
     const float most = wide ? kMostWide : kMost;
-    const float reach = bits == 8 && !wide ? std::max(top, of_four * (kMost / kMostOfFour)) : top;
+    const float fours = of_four * (kMost / kMostOfFour);
+    const float reach = bits == 8 && !wide && fours > top ? fours : top;
     return {most / reach, reach / most, wide};
 }
 
 // Where a group's sum starts, by the sums of its digits: of inputs 0 and 1 of all quads, and of inputs 2 and 3.
-inline int32_t packed_start(int32_t front, int32_t back, int bits) {
+static inline int32_t packed_start(int32_t front, int32_t back, int bits) {
     if (bits == 8) return -kOffset8 * (front + back);
     return static_cast<int32_t>(static_cast<uint32_t>(-kOffset4 * back) << 16 | static_cast<uint16_t>(-kOffset4 * front));
 }

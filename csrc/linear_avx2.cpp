@@ -3,7 +3,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "linear.h"
 
@@ -88,7 +87,8 @@ __attribute__((noinline)) void add_high(__m256i (&acc)[ROWS][2], const uint8_t* 
 // Multiply group g of the digits by a tile's weights, and add that to the tile's sums [ROWS][16]. `scales(n)` are those of
 // the outputs of vector n; asked for in the end, they take no register from the sums.
 template <int ROWS, Kind KIND, class Scales>
-__attribute__((always_inline)) inline void multiply_group(const uint8_t* weight, const Digits& digits, int64_t g, Scales scales, float* sums) {
+__attribute__((always_inline)) inline void multiply_group(const uint8_t* weight, const Digits& digits, int64_t g, Scales scales,
+                                                          float* sums) {
     __m256i acc[ROWS][2];
     add_group<ROWS, KIND>(acc, weight, digits.low + g * kGroupQuads * ROWS, digits.low_start + g * ROWS);
     if (KIND == Kind::int8 && digits.wide[g]) {

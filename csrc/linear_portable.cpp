@@ -135,9 +135,9 @@ void quantize_row(const float* row, int64_t count, int64_t padded, int bits, con
         int8_t *low = out.low + g * kGroup, *high = out.high + g * kGroup;
         for (int i = 0; i < kGroup; ++i) {
             const int q = broken ? 0 : static_cast<int>(std::nearbyint(x[i] * found.factor));
-            const int tens = found.wide ? static_cast<int>(std::nearbyint(static_cast<float>(q) * (1.0f / kDigitBase))) : 0;
-            high[i] = static_cast<int8_t>(tens);
-            low[i] = static_cast<int8_t>(q - kDigitBase * tens);
+            const int upper = found.wide ? static_cast<int>(std::nearbyint(static_cast<float>(q) * (1.0f / kDigitBase))) : 0;
+            high[i] = static_cast<int8_t>(upper);
+            low[i] = static_cast<int8_t>(q - kDigitBase * upper);
         }
         out.low_start[g] = sum_start(low, bits);
         out.high_start[g] = sum_start(high, bits);

@@ -23,8 +23,8 @@
 namespace bluejay {
 namespace {
 
-// Between two kernels of a step PyTorch works for some 100 microseconds, and a token is chosen in some 500. To wake a thread
-// that sleeps takes as long, on virtual machines several times that: 3 % of a step of GPT-J-6B.
+// Where a step is not recorded, Python works for some 50 microseconds between two kernels, and a token is chosen in some
+// 500. To wake a thread that sleeps takes as long, on virtual machines several times that: 3 % of a step of GPT-J-6B.
 constexpr std::chrono::microseconds kSpin{1000};
 
 void relax() {

@@ -1,8 +1,9 @@
 // One pool of threads for all kernels.
 //
-// A step of decoding runs some fifty kernels, each tens of microseconds to a millisecond long, with PyTorch's own work (on
-// one thread) between them. So workers wait for the next kernel awake for a moment before they sleep, and nobody waits for
-// a worker that has not come yet: a job is over when its indices are done and those who joined it have left.
+// A step of decoding runs some hundred kernels, microseconds to a millisecond long, with work of one thread between them: of
+// small kernels, and of Python where a step is not recorded. So workers wait for the next kernel awake for a moment before
+// they sleep, and nobody waits for a worker that has not come yet: a job is over when its indices are done and those who
+// joined it have left.
 #pragma once
 
 #include <cstdint>

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from bluejay import ops
+from bluejay import SamplingParams, ops
+from bluejay.engine import recorded_step
 from bluejay.engine.kernel_cache import KernelCache
+from bluejay.engine.plain import PlainEngine
 from bluejay.engine.recorded_step import MOST_ROWS, RecordedStep, decode
+from bluejay.engine.request import GenerationRequest
 from bluejay.model import ModelConfig, build
 from bluejay.model.quantized import random_quantized
 
@@ -97,6 +100,47 @@ def test_what_moves_ends_a_recording() -> None:
     assert cache.recorded is not None
     cache.select([1, 1])
     assert cache.recorded is None
+
+
+@pytest.mark.parametrize("config", [GPTJ_CONFIG, GPT_NEO_CONFIG], ids=["gptj", "gpt_neo"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_an_engine_chooses_the_tokens_it_chose_without(
+    config: ModelConfig, beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that end one after the other, and beams that fork."""
+    engine = PlainEngine(random_quantized(config, 8), max_rows=8)
+    requests = [
+        GenerationRequest([7, row, 9], SamplingParams(max_new_tokens=20 + 17 * row, num_beams=beams, ignore_eos=True))
+        for row in range(3)
+    ]
+    replays = []
+    monkeypatch.setattr(RecordedStep, "repeat", _counted(RecordedStep.repeat, replays))
+    found = [answer.token_ids for answer in engine.generate(requests)]
+    assert beams > 1 or len(replays) > 30
+    monkeypatch.setattr(recorded_step, "MOST_ROWS", 0)
+    assert [answer.token_ids for answer in engine.generate(requests)] == found
+
+
+def _counted(function: Callable[..., None], calls: list[int]) -> Callable[..., None]:
+    def counting(*args: object) -> None:
+        calls.append(1)
+        function(*args)
+
+    return counting
+
+
+def test_a_chosen_voice_is_heard_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_quantized(GPTJ_CONFIG, 8)
+    _, cache, _ = steps(model, 4, 1, recording=True)
+    cache.begin([9], 1)
+    assert cache.recorded is not None
+    monkeypatch.setattr(RecordedStep, "repeat", lambda *_: pytest.fail("kernels ran"))
+    before = ops.voice()
+    try:
+        ops.choose(ops.REFERENCE)
+        decode(model, torch.tensor([[5]]), torch.tensor([[9]]), cache)
+    finally:
+        ops.choose(before)
 
 
 def test_many_rows_are_not_recorded() -> None:

@@ -130,6 +130,34 @@ def test_a_row_depends_on_nothing_else(voice: str, bits: int) -> None:
 
 @pytest.mark.parametrize("voice", VOICES)
 @pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("rows", "k"), [(515, 96), (300, 16384)])
+def test_rows_that_are_worked_on_in_parts(voice: str, bits: int, rows: int, k: int) -> None:
+    """A last part of few rows behind a large one, and rows so long that fewer are worked on at once."""
+    ops.choose(voice)
+    fast, _ = voices_of(bits)
+    weight, scales = a_layer(bits, 20, k)
+    x = an_input(rows, k, outliers=2)
+    whole = fast(x, weight, scales, None, out_features=20)
+    for row in (0, 255, 256, rows - 4, rows - 1):
+        assert torch.equal(fast(x[row : row + 1], weight, scales, None, out_features=20)[0], whole[row])
+
+
+@pytest.mark.parametrize("voice", [*VOICES, ops.REFERENCE])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_inputs_at_the_end_of_float32_harm_no_other_row(voice: str, bits: int) -> None:
+    ops.choose(voice)
+    linear = ops.linear_int8 if bits == 8 else ops.linear_int4
+    weight, scales = a_layer(bits, 20, 64)
+    x = an_input(3, 64)
+    whole = linear(x, weight, scales, None, out_features=20)
+    x[1] = 3e38
+    out = linear(x, weight, scales, None, out_features=20)
+    assert out[1].isnan().all() == (bits == 8)  # four that meet add up to more than there is
+    assert torch.equal(out[::2], whole[::2])
+
+
+@pytest.mark.parametrize("voice", VOICES)
+@pytest.mark.parametrize("bits", [8, 4])
 def test_leading_dims_and_no_rows(voice: str, bits: int) -> None:
     ops.choose(voice)
     fast, _ = voices_of(bits)

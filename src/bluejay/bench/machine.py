@@ -19,7 +19,7 @@ LEAST_BUFFER_BYTES = 2**28  # the largest third-level caches of one processor co
 
 
 class BandwidthMeter:
-    """Reads a buffer that no cache holds, with the threads and the memory pages that weights are read with.
+    """Reads a buffer that no cache holds, with the threads that read the weights.
 
     The buffer comes from PyTorch's allocator, in huge pages, as weights do that are not mapped, and is filled: pages
     that nobody wrote to are all one page of zeros, which a cache holds.

@@ -67,7 +67,7 @@ class KernelCache(ContiguousCache):
         self._dtype = dtype
         self._rows: _Rows | None = None
         self.settled = False
-        self.recorded: object | None = None
+        self.recorded: object | None = None  # of recorded_step.py, which knows this file
 
     def begin(self, starts: Sequence[int], num_tokens: int) -> None:
         rows = self._rows

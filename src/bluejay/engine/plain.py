@@ -285,7 +285,7 @@ class PlainEngine:
         cache.begin(starts, 1)
         input_ids = torch.tensor([[history[-1]] for history in histories], device=self._device)
         positions = torch.tensor([[start] for start in starts], device=self._device)
-        if isinstance(cache, KernelCache):
+        if self._quantized and isinstance(cache, KernelCache):
             return self._allowed(decode(self._model, input_ids, positions, cache))
         return self._logits(self._model(input_ids, positions, cache)[:, 0])
 

@@ -65,13 +65,17 @@ def _memory(values: tuple[Any, ...]) -> set[int]:
 
 
 def decode(model: LanguageModel, input_ids: Tensor, positions: Tensor, cache: KernelCache) -> Tensor:
-    """The logits behind one token of each row, [B, 1] -> [B, vocab_size]; `cache.begin` was called."""
+    """The logits behind one token of each row, [B, 1] -> [B, vocab_size]; `cache.begin` was called.
+
+    Args:
+        model: a quantised one of either family.
+    """
     inputs = _transformer(model).embed(input_ids, positions)
     step = cache.recorded
+    # A step is recorded if the last one was like it: then the next one may well be, too.
+    if not cache.settled or len(input_ids) > MOST_ROWS or ops.voice() == ops.REFERENCE:
+        return _logits(model, inputs, cache)
     if not isinstance(step, RecordedStep):
-        # A step is recorded if the last one was like it: then the next one may well be, too.
-        if not cache.settled or len(input_ids) > MOST_ROWS or ops.voice() == ops.REFERENCE:
-            return _logits(model, inputs, cache)
         cache.recorded = step = RecordedStep(model, inputs, cache)
     elif step.calls is None:
         return _logits(model, inputs, cache)

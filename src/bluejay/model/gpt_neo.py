@@ -74,6 +74,7 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
+        # May write into its first argument, which nobody else must hold.
         self.add: Callable[[Tensor, Tensor], Tensor] = torch.add
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:

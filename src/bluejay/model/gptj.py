@@ -63,6 +63,7 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
+        # May write into its first argument, which nobody else must hold.
         self.add: Callable[[Tensor, Tensor], Tensor] = torch.add
 
     def forward(self, x: Tensor, turns: Tensor, attend: Attend) -> Tensor:

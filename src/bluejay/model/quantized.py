@@ -88,7 +88,10 @@ class Quantization:
                 "take the model's float weights and quantise them: bluejay convert SRC DST --quantize int8"
             )
         if raw.get("version") != _VERSION:
-            raise ConfigError(f"{CONFIG_KEY}: version is {str(raw.get('version'))[:50]}, this Bluejay reads {_VERSION}")
+            raise ConfigError(
+                f"{CONFIG_KEY}: version is {str(raw.get('version'))[:50]}, this Bluejay reads {_VERSION}; "
+                "quantise the model's float weights again: bluejay convert SRC DST --quantize int8"
+            )
         try:
             return cls(raw.get("bits"), raw.get("group_size"))
         except ConfigError as error:
@@ -283,7 +286,7 @@ def _widen_embeddings(model: GPTJ | GPTNeo) -> None:
 def _work_by_kernels(model: GPTJ | GPTNeo) -> None:
     """Let what lies between the linear layers run on the kernels' threads: PyTorch has one, and took a tenth.
 
-    A step of decoding is then nothing but kernels, which can be recorded.
+    With gelu_new, which both families have, a step of decoding is then nothing but kernels, which can be recorded.
     """
     for name, module in list(model.named_modules()):
         given: Any = module  # a network's type knows nothing of its modules'

@@ -108,7 +108,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """As `reference.layer_norm`."""
     x = _plain(x, "x").resolve_neg().contiguous()
     out = torch.empty_like(x)
-    _call(extension().layer_norm, out, x, weight, bias, eps)
+    _call(extension().layer_norm, out, x, _plain(weight, "weight"), _plain(bias, "bias"), eps)
     return out
 
 
@@ -116,7 +116,7 @@ def add_(x: Tensor, y: Tensor) -> Tensor:
     """As `reference.add_`."""
     if x.shape != y.shape:
         raise KernelError(f"x is {_described(x)} and y {_described(y)}, expected one shape")
-    _call(extension().add_, _plain(x, "x"), y)
+    _call(extension().add_, _plain(x, "x"), _plain(y, "y"))
     return x
 
 
@@ -139,7 +139,7 @@ class Recording:
 
     What a step of decoding does is the same each time, only numbers in memory change: those of the tensors that went
     into the calls, which stay where they are and are kept alive. Only kernels are recorded; what PyTorch computes in
-    between is not computed again. One recording at a time for each thread.
+    between is not computed again, nor a replay within a recording. One recording at a time for each thread.
 
         with Recording() as recording:
             y = linear_int8(x, ...)

@@ -188,7 +188,8 @@ def quantize_activations(x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
     A group has up to 127 steps on each side. With 8-bit weights, of the inputs 8i + {0, 1, 4, 5} and 8i + {2, 3, 6, 7}
     those of one sign reach 180 steps together, which mostly asks for larger steps (some 105 on each side); a group with
     outliers (the largest beyond 6 root mean squares of its row) has 8190, two digits, so that what lies beside the
-    outlier is not lost. A group below 1e-30 is zeros.
+    outlier is not lost. A group below 1e-30 is zeros; with 8-bit weights, four inputs that add up to more than float32
+    holds make their row NaN.
 
     Shapes (K inputs, filled up with zeros to whole groups of 32): x [..., K] -> integers [..., K'] int32, scales
         [..., K'/32] float32.
