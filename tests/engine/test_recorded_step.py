@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -84,6 +86,23 @@ def test_a_repeated_step_is_the_step(config: ModelConfig, bits: int, num_rows: i
     assert not any(never)
     # All but the first two, and two after each growth: 16 slots, 32, 64 and then 128.
     assert sum(repeated) == 70 - 2 - 2 * 3
+
+
+def test_recording_imports_no_compiler() -> None:
+    """PyTorch's takes 1.4 s to import: a pause before everybody's second token."""
+    code = (
+        "import sys, torch, bluejay\n"
+        "from bluejay.engine.recorded_step import RecordedStep\n"
+        "repeats = []\n"
+        "repeat = RecordedStep.repeat\n"
+        "RecordedStep.repeat = lambda *a: (repeats.append(1), repeat(*a))\n"
+        "llm = bluejay.LLM(dtype='int8')\n"
+        "llm.generate(['Once'], bluejay.SamplingParams(max_new_tokens=6, ignore_eos=True))\n"
+        "assert repeats\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "False"
 
 
 def test_logits_are_the_callers() -> None:
