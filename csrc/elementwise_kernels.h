@@ -46,23 +46,31 @@ BLUEJAY_INLINE float sum_of(Vec v) {
     return sum;
 }
 
-// The variance of what is left when the mean is gone, not that of the squares: those lose digits where the mean is large.
+// The variance of what is left when the mean is gone, not that of the squares: those lose digits where the mean is large. What
+// the first mean was off by is the mean of what is left.
 void layer_norm_row(const float* x, const float* weight, const float* bias, float eps, int64_t width, float* out) {
     const int64_t whole = width / kLanes * kLanes;
+    const float size = static_cast<float>(width);
     Vec total = load_some(x + whole, width - whole);
     for (int64_t i = 0; i < whole; i += kLanes) total += load(x + i);
-    const float mean = sum_of(total) / static_cast<float>(width);
-    Vec squares{};
+    const float near = sum_of(total) / size;
+    Vec rests{}, squares{};
     for (int64_t i = 0; i < whole; i += kLanes) {
-        const Vec apart = load(x + i) - mean;
+        const Vec apart = load(x + i) - near;
+        rests += apart;
         squares = multiply_add(apart, apart, squares);
     }
-    float square = sum_of(squares);
-    for (int64_t i = whole; i < width; ++i) square += (x[i] - mean) * (x[i] - mean);
-    const float scale = 1 / __builtin_sqrtf(square / static_cast<float>(width) + eps);
+    float rest = sum_of(rests), square = sum_of(squares);
+    for (int64_t i = whole; i < width; ++i) {
+        rest += x[i] - near;
+        square += (x[i] - near) * (x[i] - near);
+    }
+    const float off = rest / size;
+    const float variance = square / size - off * off;  // of equal numbers, rounding may leave it below 0
+    const float scale = 1 / __builtin_sqrtf((variance > 0 ? variance : 0) + eps);
     for (int64_t i = 0; i < whole; i += kLanes)
-        store(out + i, multiply_add((load(x + i) - mean) * scale, load(weight + i), load(bias + i)));
-    for (int64_t i = whole; i < width; ++i) out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+        store(out + i, multiply_add((load(x + i) - near - off) * scale, load(weight + i), load(bias + i)));
+    for (int64_t i = whole; i < width; ++i) out[i] = (x[i] - near - off) * scale * weight[i] + bias[i];
 }
 
 void add_row(float* x, const float* y, int64_t count) {

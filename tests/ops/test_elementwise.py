@@ -131,8 +131,25 @@ def test_layer_norm_is_the_formula(name, shape):
     given = x.clone()
     found = ops.layer_norm(x, weight, bias, 1e-5)
     exact = F.layer_norm(x.double(), shape[-1:], weight.double(), bias.double(), 1e-5)
-    torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found.double(), exact, atol=3e-5, rtol=1e-5)
     assert torch.equal(x, given)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("size", [0.0, 0.1, 1e4, 1e10])
+def test_layer_norm_of_equal_numbers_is_a_number(name, size):
+    ops.choose(name)
+    assert ops.layer_norm(torch.full((2, 4099), size), torch.ones(4099), torch.zeros(4099), 1e-5).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_layer_norm_of_what_is_no_number_stays_in_its_row(name):
+    ops.choose(name)
+    x = torch.randn(3, 70)
+    x[1, 5] = float("nan")
+    out = ops.layer_norm(x, torch.ones(70), torch.zeros(70), 1e-5)
+    assert out[1].isnan().all()
+    assert out[::2].isfinite().all()
 
 
 @pytest.mark.parametrize("name", NATIVE)
