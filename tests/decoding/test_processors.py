@@ -34,7 +34,7 @@ def test_defaults_process_nothing():
 
 
 def test_repetition_penalty_makes_seen_tokens_less_likely_whatever_their_sign():
-    result = P.repetition_penalty(scores([2, -2, 3], [2, -2, 3]), [[0, 1, 1], [2]], 2.0)
+    result = P.repetition_penalty(scores([2, -2, 3], [2, -2, 3]), [[0, 1, 1], [2]], [2.0, 2.0])
     assert result.tolist() == [[1, -4, 3], [2, -2, 1.5]]
 
 
@@ -50,7 +50,7 @@ def test_repetition_penalty_makes_seen_tokens_less_likely_whatever_their_sign():
     ],
 )
 def test_an_ngram_does_not_come_twice(history, size, expected):
-    assert banned(P.no_repeat_ngram(torch.zeros(1, 6), [history], size)) == [expected]
+    assert banned(P.no_repeat_ngram(torch.zeros(1, 6), [history], [size])) == [expected]
 
 
 def test_ngrams_of_the_prompt_do_not_come_in_the_answer():
@@ -61,7 +61,7 @@ def test_ngrams_of_the_prompt_do_not_come_in_the_answer():
 def test_bad_words_are_banned_at_their_last_token():
     words = [[5], [1, 2], [3, 1, 4]]
     rows = [[9, 1], [3, 1], [7, 3, 1], [1]]
-    result = banned(P.bad_words(torch.zeros(4, 6), rows, words))
+    result = banned(P.bad_words(torch.zeros(4, 6), rows, [words] * 4))
     assert result == [[2, 5], [2, 5], [2, 4, 5], [5]]  # the whole word must fit into the history, as in transformers
 
 
@@ -104,25 +104,25 @@ def test_invalid_values_become_finite_and_ids_without_a_token_stay_out():
 
 
 def test_top_k_keeps_equals_of_the_last():
-    assert banned(P.top_k(scores([1, 3, 2, 2]), 2)) == [[0]]
-    assert banned(P.top_k(scores([1, 3, 2, 2]), 9)) == [[]]
+    assert banned(P.top_k(scores([1, 3, 2, 2]), [2])) == [[0]]
+    assert banned(P.top_k(scores([1, 3, 2, 2]), [9])) == [[]]
 
 
 @pytest.mark.parametrize(
     ("p", "keep", "expected"), [(0.0, 1, [0, 1, 2]), (0.5, 1, [0, 1, 2]), (0.55, 1, [0, 1]), (0.0, 3, [0])]
 )
 def test_top_p_keeps_the_smallest_set_that_reaches_p(p, keep, expected):
-    assert banned(P.top_p(scores([0.1, 0.15, 0.25, 0.5]).log(), p, keep)) == [expected]
+    assert banned(P.top_p(scores([0.1, 0.15, 0.25, 0.5]).log(), 1 - p, [keep])) == [expected]
 
 
 def test_min_p_is_relative_to_the_likeliest():
-    assert banned(P.min_p(scores([0.1, 0.3, 0.6]).log(), 0.4, 1)) == [[0]]
-    assert banned(P.min_p(scores([0.1, 0.3, 0.6]).log(), 1.0, 2)) == [[0]]
+    assert banned(P.min_p(scores([0.1, 0.3, 0.6]).log(), 0.4, [1])) == [[0]]
+    assert banned(P.min_p(scores([0.1, 0.3, 0.6]).log(), 1.0, [2])) == [[0]]
 
 
 def test_typical_p_prefers_expected_surprise_to_likelihood():
     even = torch.cat((torch.tensor([0.4]), torch.full((6,), 0.1)))[None].log()
-    assert banned(P.typical_p(even, 0.2, 1)) == [[0]]
+    assert banned(P.typical_p(even, 0.2, [1])) == [[0]]
 
 
 def test_beams_keep_a_token_besides_every_end_of_text():

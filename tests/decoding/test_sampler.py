@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bluejay.decoding import SamplingParams
+from bluejay.decoding.processors import Processor, bad_words
 from bluejay.decoding.sampler import Choice, choose, draw, generator_for, token_logprobs
 
 CPU = torch.device("cpu")
@@ -22,7 +23,7 @@ def test_greedy_takes_the_first_of_the_likeliest():
 
 
 def test_each_row_has_its_own_way():
-    ban_first = Choice([lambda scores, _: scores.index_fill(1, torch.tensor([0]), -math.inf)])
+    ban_first = Choice([Processor(bad_words, [[0]])])
     logits = torch.tensor([[9.0, 1.0, 2.0]] * 3)
     only_two = torch.tensor([[-math.inf, -math.inf, 0.0]])
     rows = torch.cat((logits, only_two))

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from bluejay import ops
 from bluejay.decoding import SamplingParams
 from bluejay.engine.kernel_cache import KernelAttention, KernelCache
+from bluejay.engine.network import Network
 from bluejay.engine.plain import PlainEngine
 from bluejay.engine.request import GenerationRequest
+from bluejay.engine.scorer import Scorer
 from bluejay.errors import KernelError
 from bluejay.model import CausalAttention
 from bluejay.model.quantized import quantize
@@ -106,7 +108,7 @@ def test_a_quantised_model_is_attended_to_by_the_kernels_alone(tiny_model, monke
     with_torch = tiny_model(torch.arange(20)[None], torch.arange(20)[None], CausalAttention()).mean(1)[0]
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
     engine = PlainEngine(tiny_model)
-    assert engine.embed([list(range(20))])[0].allclose(with_torch, atol=1e-4)
+    assert Scorer(Network(tiny_model)).embed([list(range(20))])[0].allclose(with_torch, atol=1e-4)
     assert [len(ids) for ids in greedy(engine)] == [12] * 4
     assert written == {torch.float16}
     exact = PlainEngine(tiny_model, cache_dtype=torch.float32)

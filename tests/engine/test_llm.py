@@ -92,7 +92,7 @@ def test_prompts_may_be_ids_and_the_empty_text_begins_a_document(llm: LLM) -> No
 def test_score_agrees_with_the_logprobs_of_generate(llm: LLM) -> None:
     params = SamplingParams(max_new_tokens=5, ignore_eos=True, logprobs=0)
     output = llm.generate(PROMPTS[0], params)[0]
-    scored = llm._engine.score([(output.prompt_token_ids, output.token_ids)])[0]
+    scored = llm._scorer.score([(output.prompt_token_ids, output.token_ids)])[0]
     assert output.logprobs is not None
     assert scored.logprob == pytest.approx(sum(one.logprob for one in output.logprobs), rel=1e-5)
     assert scored.is_greedy

@@ -1,9 +1,9 @@
 """What options do to scores before a token is chosen: one small function for each, in transformers' order.
 
-A processor takes scores and histories and returns new scores. The scores of rows that share one request's options are
-processed together; an option at its default adds no processor.
+A function takes scores, histories and one value of its option for each row, and returns new scores: rows of requests
+with different options are processed together. An option at its default adds no processor.
 
-Shapes (B rows of one request, V ids): scores [B, V] float32; histories: B lists of ids, prompt and answer so far.
+Shapes (B rows, V ids): scores [B, V] float32; histories: B lists of ids, prompt and answer so far.
 Source: transformers 4.56.2, `_get_logits_processor`.
 """
 
@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain as joined
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +22,19 @@ from bluejay.decoding.params import SamplingParams
 from bluejay.errors import InvalidRequest
 
 Histories = Sequence[Sequence[int]]
-Processor = Callable[[Tensor, Histories], Tensor]
+Number = float | Tensor  # of all rows, or [B, 1]
+
+
+@dataclass(frozen=True)
+class Processor:
+    """One option of one request: what it does, and its value."""
+
+    apply: Callable[[Tensor, Histories, Sequence[Any]], Tensor]
+    value: Any
+
+    def __call__(self, scores: Tensor, histories: Histories) -> Tensor:
+        """Process rows that all belong to this request."""
+        return self.apply(scores, histories, [self.value] * len(histories))
 
 
 def processors_for(
@@ -41,23 +56,21 @@ def processors_for(
     """
     chain: list[Processor] = []
     if params.repetition_penalty != 1:
-        chain.append(lambda scores, rows: repetition_penalty(scores, rows, params.repetition_penalty))
+        chain.append(Processor(repetition_penalty, params.repetition_penalty))
     if params.no_repeat_ngram_size > 0:
-        chain.append(lambda scores, rows: no_repeat_ngram(scores, rows, params.no_repeat_ngram_size))
+        chain.append(Processor(no_repeat_ngram, params.no_repeat_ngram_size))
     if params.encoder_no_repeat_ngram_size > 0:
-        endings = ngram_endings(prompt, params.encoder_no_repeat_ngram_size)
         size = params.encoder_no_repeat_ngram_size
-        chain.append(lambda scores, rows: _ban(scores, (endings.get(_tail(row, size), ()) for row in rows)))
+        chain.append(Processor(_no_ngram_of_prompt, (size, ngram_endings(prompt, size))))
     if params.bad_words_ids is not None:
-        words = _checked_words(params.bad_words_ids, eos_ids, vocab_size)
-        chain.append(lambda scores, rows: bad_words(scores, rows, words))
+        chain.append(Processor(bad_words, _checked_words(params.bad_words_ids, eos_ids, vocab_size)))
     min_length = params.min_length
     if params.min_new_tokens is not None:
         min_length = len(prompt) + params.min_new_tokens
     if eos_ids and min_length > len(prompt):
-        chain.append(lambda scores, rows: no_end_before(scores, rows, min_length, eos_ids))
+        chain.append(Processor(no_end_before, (min_length, eos_ids)))
     if params.remove_invalid_values:
-        chain.append(lambda scores, rows: finite(scores, forbidden))
+        chain.append(Processor(_finite, forbidden))
     if params.do_sample:
         chain += _warpers(params, eos_ids)
     return chain
@@ -67,26 +80,72 @@ def _warpers(params: SamplingParams, eos_ids: tuple[int, ...]) -> list[Processor
     """What narrows the distribution that tokens are drawn from."""
     # A beam needs one token besides every end-of-text to go on with.
     keep = max(2, len(eos_ids) + 1) if params.num_beams > 1 else 1
-    temperature, k, p, least, mass = params.temperature, params.top_k, params.top_p, params.min_p, params.typical_p
     chain: list[Processor] = []
-    if temperature != 1:
-        chain.append(lambda scores, rows: scores / temperature)
-    if k:
-        chain.append(lambda scores, rows: top_k(scores, max(k, keep)))
-    if p is not None and p < 1:
-        chain.append(lambda scores, rows: top_p(scores, p, keep))
-    if least:
-        chain.append(lambda scores, rows: min_p(scores, least, keep))
-    if mass is not None and mass < 1:
-        chain.append(lambda scores, rows: typical_p(scores, mass, keep))
+    if params.temperature != 1:
+        chain.append(Processor(_temperature, params.temperature))
+    if params.top_k:
+        chain.append(Processor(_top_k, max(params.top_k, keep)))
+    if params.top_p is not None and params.top_p < 1:
+        chain.append(Processor(_top_p, (params.top_p, keep)))
+    if params.min_p:
+        chain.append(Processor(_min_p, (params.min_p, keep)))
+    if params.typical_p is not None and params.typical_p < 1:
+        chain.append(Processor(_typical_p, (params.typical_p, keep)))
     return chain
 
 
 def process(chain: Iterable[Processor], scores: Tensor, histories: Histories) -> Tensor:
-    """Apply all processors, one after the other."""
+    """Apply all processors of one request to its rows, one after the other."""
     for processor in chain:
         scores = processor(scores, histories)
     return scores
+
+
+def process_rows(chains: Sequence[Sequence[Processor]], scores: Tensor, histories: Histories) -> Tensor:
+    """Apply to each row the processors of its own request; an option is computed for all rows that have it at once."""
+    values: dict[Callable[..., Tensor], dict[int, Any]] = {function: {} for function in _ORDER}
+    for row, chain in enumerate(chains):
+        for processor in chain:
+            values[processor.apply][row] = processor.value
+    for function, own in values.items():
+        if len(own) == len(chains):
+            scores = function(scores, histories, list(own.values()))
+        elif own:
+            rows = torch.tensor(list(own), device=scores.device)
+            changed = function(scores[rows], [histories[row] for row in own], list(own.values()))
+            scores = scores.index_copy(0, rows, changed)
+    return scores
+
+
+def _numbers(values: Sequence[float], scores: Tensor) -> Number:
+    """One number for all rows where they agree, which computes as transformers does; else one for each, [B, 1]."""
+    if min(values) == max(values):
+        return values[0]
+    return torch.tensor(values, dtype=scores.dtype, device=scores.device)[:, None]
+
+
+def _temperature(scores: Tensor, histories: Histories, temperatures: Sequence[float]) -> Tensor:
+    return scores / _numbers(temperatures, scores)
+
+
+def _top_k(scores: Tensor, histories: Histories, ks: Sequence[int]) -> Tensor:
+    return top_k(scores, ks)
+
+
+def _top_p(scores: Tensor, histories: Histories, values: Sequence[tuple[float, int]]) -> Tensor:
+    return top_p(scores, _numbers([1 - p for p, _ in values], scores), [keep for _, keep in values])
+
+
+def _min_p(scores: Tensor, histories: Histories, values: Sequence[tuple[float, int]]) -> Tensor:
+    return min_p(scores, _numbers([least for least, _ in values], scores), [keep for _, keep in values])
+
+
+def _typical_p(scores: Tensor, histories: Histories, values: Sequence[tuple[float, int]]) -> Tensor:
+    return typical_p(scores, _numbers([mass for mass, _ in values], scores), [keep for _, keep in values])
+
+
+def _finite(scores: Tensor, histories: Histories, forbidden: Sequence[Tensor | None]) -> Tensor:
+    return finite(scores, forbidden[0])  # one model, one set of ids without a token
 
 
 def diversity(scores: Tensor, chosen: Sequence[int], penalty: float) -> Tensor:
@@ -101,22 +160,31 @@ def diversity(scores: Tensor, chosen: Sequence[int], penalty: float) -> Tensor:
     return scores - penalty * counts[:size]  # an end-of-text outside the vocabulary costs nobody anything
 
 
-def repetition_penalty(scores: Tensor, histories: Histories, penalty: float) -> Tensor:
-    """Divide positive scores of tokens in the history by `penalty`, multiply negative ones.
+def repetition_penalty(scores: Tensor, histories: Histories, penalties: Sequence[float]) -> Tensor:
+    """Divide positive scores of tokens in the history by the row's penalty, multiply negative ones.
 
     Source: Keskar et al. 2019 (arXiv:1909.05858), section 4.1.
     """
-    scores = scores.clone()
-    for row, history in zip(scores, histories, strict=True):
-        ids = torch.tensor(list(set(history)), device=scores.device)
-        seen = row[ids]
-        row[ids] = torch.where(seen < 0, seen * penalty, seen / penalty)
-    return scores
+    ids = torch.tensor(list(joined.from_iterable(histories)), device=scores.device)
+    lengths = torch.tensor([len(history) for history in histories], device=scores.device)
+    rows = torch.arange(len(histories), device=scores.device).repeat_interleave(lengths)
+    penalty = torch.tensor(penalties, dtype=scores.dtype, device=scores.device)[rows]
+    seen = scores[rows, ids]
+    # An id that comes twice gets the same number twice.
+    return scores.index_put((rows, ids), torch.where(seen < 0, seen * penalty, seen / penalty))
 
 
-def no_repeat_ngram(scores: Tensor, histories: Histories, size: int) -> Tensor:
+def no_repeat_ngram(scores: Tensor, histories: Histories, sizes: Sequence[int]) -> Tensor:
     """Ban tokens that would complete an n-gram which the row's history already has."""
-    return _ban(scores, (_completions(history, size) for history in histories))
+    return _ban(scores, map(_completions, histories, sizes))
+
+
+def _no_ngram_of_prompt(
+    scores: Tensor, histories: Histories, values: Sequence[tuple[int, dict[tuple[int, ...], set[int]]]]
+) -> Tensor:
+    """Ban tokens that would complete an n-gram of the row's prompt."""
+    pairs = zip(histories, values, strict=True)
+    return _ban(scores, (endings.get(_tail(row, size), ()) for row, (size, endings) in pairs))
 
 
 def _completions(history: Sequence[int], size: int) -> set[int]:
@@ -139,11 +207,11 @@ def _tail(history: Sequence[int], size: int) -> tuple[int, ...]:
 
 
 def _ban(scores: Tensor, banned: Iterable[Collection[int]]) -> Tensor:
-    scores = scores.clone()
-    for row, ids in zip(scores, banned, strict=True):
-        if ids:
-            row[list(ids)] = -math.inf
-    return scores
+    places = [(row, token) for row, ids in enumerate(banned) for token in ids]
+    if not places:
+        return scores
+    rows, ids = torch.tensor(places, device=scores.device).unbind(1)
+    return scores.index_put((rows, ids), scores.new_tensor(-math.inf))
 
 
 def _checked_words(words: Sequence[Sequence[int]], eos_ids: tuple[int, ...], vocab_size: int) -> list[list[int]]:
@@ -154,12 +222,13 @@ def _checked_words(words: Sequence[Sequence[int]], eos_ids: tuple[int, ...], voc
     return [list(word) for word in words if len(word) > 1 or word[0] not in eos_ids]
 
 
-def bad_words(scores: Tensor, histories: Histories, words: Sequence[Sequence[int]]) -> Tensor:
-    """Ban each word's last token where the history ends in the tokens before it.
+def bad_words(scores: Tensor, histories: Histories, words: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """Ban the last token of each of a row's words where its history ends in the tokens before it.
 
     A word must fit into the history as a whole, its last token included: transformers looks no earlier.
     """
-    return _ban(scores, ([word[-1] for word in words if _completes(history, word)] for history in histories))
+    pairs = zip(histories, words, strict=True)
+    return _ban(scores, ([word[-1] for word in own if _completes(history, word)] for history, own in pairs))
 
 
 def _completes(history: Sequence[int], word: Sequence[int]) -> bool:
@@ -169,10 +238,14 @@ def _completes(history: Sequence[int], word: Sequence[int]) -> bool:
     return len(word) <= len(history) and list(history[-before:]) == list(word[:-1])
 
 
-def no_end_before(scores: Tensor, histories: Histories, min_length: int, eos_ids: tuple[int, ...]) -> Tensor:
-    """Ban every end-of-text while prompt and answer together are shorter than `min_length`."""
-    known = [i for i in eos_ids if i < scores.shape[-1]]
-    return _ban(scores, (known if len(history) < min_length else () for history in histories))
+def no_end_before(scores: Tensor, histories: Histories, values: Sequence[tuple[int, tuple[int, ...]]]) -> Tensor:
+    """Ban every end-of-text while prompt and answer together are shorter than the row's smallest length.
+
+    Args: values: for each row its smallest length, and the ids that end its answer.
+    """
+    V = scores.shape[-1]
+    pairs = zip(histories, values, strict=True)
+    return _ban(scores, ([i for i in ids if i < V] if len(history) < least else () for history, (least, ids) in pairs))
 
 
 def finite(scores: Tensor, forbidden: Tensor | None = None) -> Tensor:
@@ -181,35 +254,37 @@ def finite(scores: Tensor, forbidden: Tensor | None = None) -> Tensor:
     return scores if forbidden is None else scores.masked_fill(forbidden, -math.inf)
 
 
-def top_k(scores: Tensor, k: int) -> Tensor:
-    """Keep the k highest scores, and those equal to the lowest of them."""
-    least = scores.topk(min(k, scores.shape[-1])).values[:, -1:]
+def top_k(scores: Tensor, ks: Sequence[int]) -> Tensor:
+    """Keep each row's k highest scores, and those equal to the lowest of them."""
+    ks = [min(k, scores.shape[-1]) for k in ks]
+    last = torch.tensor(ks, device=scores.device)[:, None] - 1
+    least = scores.topk(max(ks)).values.gather(1, last)
     return scores.masked_fill(scores < least, -math.inf)
 
 
-def top_p(scores: Tensor, p: float, keep: int) -> Tensor:
-    """Keep the likeliest tokens that together have probability p, and at least `keep` of them.
+def top_p(scores: Tensor, rest: Number, keep: Sequence[int]) -> Tensor:
+    """Keep the likeliest tokens that leave at most a probability of `rest` to all others, and at least `keep` of them.
 
-    Source: Holtzman et al. 2019 (arXiv:1904.09751), nucleus sampling.
+    Source: Holtzman et al. 2019 (arXiv:1904.09751), nucleus sampling; its p is 1 - rest.
     """
     ascending, ids = scores.sort(descending=False)
-    drop = ascending.softmax(-1).cumsum(-1) <= 1 - p
-    drop[:, -keep:] = False
+    drop = ascending.softmax(-1).cumsum(-1) <= rest
+    drop &= ~_first(keep, scores).flip(-1)
     return scores.masked_fill(_unsorted(drop, ids), -math.inf)
 
 
-def min_p(scores: Tensor, least: float, keep: int) -> Tensor:
+def min_p(scores: Tensor, least: Number, keep: Sequence[int]) -> Tensor:
     """Keep tokens with at least `least` of the likeliest one's probability, and at least `keep` of them.
 
     Source: Nguyen et al. 2024 (arXiv:2407.01082).
     """
     probs = scores.softmax(-1)
     drop = probs < least * probs.amax(-1, keepdim=True)
-    drop.scatter_(-1, scores.argsort(descending=True)[:, :keep], False)
+    drop &= ~_unsorted(_first(keep, scores), scores.argsort(descending=True))
     return scores.masked_fill(drop, -math.inf)
 
 
-def typical_p(scores: Tensor, mass: float, keep: int) -> Tensor:
+def typical_p(scores: Tensor, mass: Number, keep: Sequence[int]) -> Tensor:
     """Keep the tokens whose surprise is nearest to the entropy, together of probability `mass`; at least `keep`.
 
     Source: Meister et al. 2022 (arXiv:2202.00666), locally typical sampling.
@@ -220,10 +295,32 @@ def typical_p(scores: Tensor, mass: float, keep: int) -> Tensor:
     reached = scores.gather(-1, ids).softmax(-1).cumsum(-1)
     last = (reached < mass).sum(-1, keepdim=True).clamp_(max=scores.shape[-1] - 1)
     drop = distance > distance.gather(-1, last)
-    drop[:, :keep] = False
+    drop &= ~_first(keep, scores)
     return scores.masked_fill(_unsorted(drop, ids), -math.inf)
+
+
+def _first(counts: Sequence[int], scores: Tensor) -> Tensor:
+    """[B, V] bool: True in each row's first `count` places."""
+    places = torch.arange(scores.shape[-1], device=scores.device)
+    return places < torch.tensor(counts, device=scores.device)[:, None]
 
 
 def _unsorted(flags: Tensor, ids: Tensor) -> Tensor:
     """Put each flag back at the id that it belongs to."""
     return torch.empty_like(flags).scatter_(-1, ids, flags)
+
+
+# In which they apply, whatever the request.
+_ORDER: tuple[Callable[..., Tensor], ...] = (
+    repetition_penalty,
+    no_repeat_ngram,
+    _no_ngram_of_prompt,
+    bad_words,
+    no_end_before,
+    _finite,
+    _temperature,
+    _top_k,
+    _top_p,
+    _min_p,
+    _typical_p,
+)

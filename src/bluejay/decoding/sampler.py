@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bluejay.decoding.params import SamplingParams
-from bluejay.decoding.processors import Processor, process
+from bluejay.decoding.processors import Processor, process_rows
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def generator_for(params: SamplingParams, index: int, device: torch.device) -> t
 
 
 def choose(logits: Tensor, choices: Sequence[Choice], histories: Sequence[Sequence[int]]) -> list[int | None]:
-    """One token for each row.
+    """One token for each row, computed for all rows together.
 
     Shapes: logits [B, V] float32.
     Returns: a token id for each row, None where no token can be drawn because none has a probability: all are banned,
@@ -67,18 +67,29 @@ def choose(logits: Tensor, choices: Sequence[Choice], histories: Sequence[Sequen
     """
     if all(choice.plain for choice in choices):
         return logits.argmax(-1).tolist()
-    return [
-        _choose_one(logits[i : i + 1], choice, history)
-        for i, (choice, history) in enumerate(zip(choices, histories, strict=True))
-    ]
+    scores = process_rows([choice.processors for choice in choices], logits, histories)
+    token_ids: list[int | None] = scores.argmax(-1).tolist()
+    rows = [row for row, choice in enumerate(choices) if choice.generator is not None]
+    if rows:
+        own = scores if len(rows) == len(choices) else scores[rows]
+        drawn = _draw_rows(own, [choices[row].generator for row in rows])
+        for row, token_id in zip(rows, drawn, strict=True):
+            token_ids[row] = token_id
+    return token_ids
 
 
-def _choose_one(logits: Tensor, choice: Choice, history: Sequence[int]) -> int | None:
-    scores = process(choice.processors, logits, [history])
-    if choice.generator is None:
-        return int(scores.argmax(-1))
-    ids = draw(scores, 1, choice.generator)
-    return None if ids is None else int(ids)
+def _draw_rows(scores: Tensor, generators: Sequence[torch.Generator | None]) -> list[int | None]:
+    """Draw one id for each row with the row's own generator, as `draw` does for one.
+
+    The likeliest after dividing by exponential noise is a draw by probability, and what `torch.multinomial` does.
+    """
+    possible = torch.isfinite(scores.amax(-1)).tolist()
+    noise = torch.ones_like(scores)
+    for row, generator in enumerate(generators):
+        if possible[row]:
+            noise[row].exponential_(1, generator=generator)
+    drawn = (scores.softmax(-1) / noise).argmax(-1).tolist()
+    return [token_id if there else None for token_id, there in zip(drawn, possible, strict=True)]
 
 
 def draw(scores: Tensor, num_draws: int, generator: torch.Generator) -> Tensor | None:

@@ -15,8 +15,11 @@ from bluejay import checkpoints, ops
 from bluejay.checkpoints import hub
 from bluejay.checkpoints.hub_cache import DEFAULT_MODEL
 from bluejay.decoding.params import SamplingParams
-from bluejay.engine.plain import PlainEngine
+from bluejay.engine.engine import Engine
+from bluejay.engine.network import Network
+from bluejay.engine.options import EngineOptions
 from bluejay.engine.request import GenerationEvent, GenerationRequest, RequestOutput, Score
+from bluejay.engine.scorer import Scorer
 from bluejay.errors import CheckpointError, ConfigError, InvalidRequest
 from bluejay.model.device import available_memory_bytes, choose_device, choose_dtype
 from bluejay.model.gpt_neo import GPTNeo
@@ -41,8 +44,10 @@ class LLM:
             on it alone, on the threads of `bluejay.ops.set_num_threads`. PyTorch then gets one: its own threads and
             those would wait for each other.
         on_progress: called with bytes read and bytes in all while weights load.
+        options: how many requests run together, and how much memory their keys and values get.
 
     Attributes:
+        engine: what runs the requests.
         name, path: what was asked for, and the directory it was found in.
         config, tokenizer, model, device, dtype: what was opened.
 
@@ -56,6 +61,7 @@ class LLM:
         dtype: str = "auto",
         device: str = "auto",
         on_progress: Progress | None = None,
+        options: EngineOptions | None = None,
     ) -> None:
         self.name = str(model) if model is not None else DEFAULT_MODEL
         self.path = hub.resolve(self.name)
@@ -67,7 +73,9 @@ class LLM:
                 f"{self.path}: the tokenizer has ids up to {self.tokenizer.vocab_size - 1}, the model's embedding has "
                 f"{self.config.vocab_size} rows: they belong to different models"
             )
-        self._engine = PlainEngine(self.model, self.tokenizer, device=self.device)
+        network = Network(self.model, self.tokenizer, device=self.device, dtype=self.dtype)
+        self.engine = Engine(network, options)
+        self._scorer = Scorer(network)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -83,7 +91,7 @@ class LLM:
         """
         texts = _as_list(prompts)
         requests = self._requests(texts, params)
-        outputs = self._engine.generate(requests)
+        outputs = self.engine.generate(requests)
         for output, text in zip(outputs, texts, strict=True):
             output.prompt = text if isinstance(text, str) else self.tokenizer.decode(output.prompt_token_ids)
         return outputs
@@ -103,7 +111,7 @@ class LLM:
 
         Raises: RequestError, before anything runs.
         """
-        return self._engine.stream(self._requests(list(prompts), params))
+        return self.engine.stream(self._requests(list(prompts), params))
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
         """How likely each continuation is behind its context, and whether greedy decoding would say it.
@@ -114,7 +122,7 @@ class LLM:
         is left is <|endoftext|>, as an empty one is. Source: lm-eval's `_encode_pair`, but for the border.
         Raises: RequestError for an empty continuation, or a pair longer than the model's context.
         """
-        return self._engine.score([self._encode_pair(*pair) for pair in pairs])
+        return self._scorer.score([self._encode_pair(*pair) for pair in pairs])
 
     def embed(self, texts: str | Sequence[str]) -> Tensor:
         """One vector for each text: the mean over its tokens of the last hidden states.
@@ -122,7 +130,7 @@ class LLM:
         Returns: [n, n_embd] float32, on the CPU. Raises: RequestError for an empty or too long text.
         """
         listed = [texts] if isinstance(texts, str) else texts
-        return self._engine.embed([self.tokenizer.encode(text) for text in listed])
+        return self._scorer.embed([self.tokenizer.encode(text) for text in listed])
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids that a prompt begins with; <|endoftext|> for an empty text.

@@ -9,15 +9,44 @@ from bluejay.decoding.params import SamplingParams
 from bluejay.decoding.sampler import TokenLogprobs
 from bluejay.decoding.stopping import FinishReason
 
-__all__ = ["FinishReason", "GenerationEvent", "GenerationRequest", "RequestOutput", "Score", "SequenceOutput"]
+__all__ = ["FinishReason", "GenerationEvent", "GenerationRequest", "RequestOutput", "Score", "SequenceOutput", "Usage"]
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A prompt and how to go on from it."""
+    """A prompt and how to go on from it.
+
+    Attributes:
+        priority: the higher is served first; equals in the order of their coming.
+        tenant: only requests of one tenant share what the cache remembers of prompts.
+    """
 
     prompt_token_ids: Sequence[int]
     params: SamplingParams
+    priority: int = 0
+    tenant: str = ""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request took, told with its last event.
+
+    Attributes:
+        prompt_tokens: of which `cached_tokens` were found in the cache.
+        generated_tokens: of all its answers; of beams those of the answers that came out.
+        drafted_tokens, accepted_tokens: guessed by speculation, and right.
+        queued_s, first_token_s: from its arrival to its first step and to its first token; None if it had none.
+        per_token_s: from one token of an answer to the next, on average; None with fewer than two.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    queued_s: float | None = None
+    first_token_s: float | None = None
+    per_token_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +64,10 @@ class GenerationEvent:
         logprobs: one for each token where asked for, else empty.
         finish_reason: why the sequence ends with this event, None while it goes on.
         beam_score: log-probability over length ** length_penalty, of a beam search.
+        prompt_logprobs: with the request's first event, where asked for: one for each token of the prompt, None for
+            the first.
+        usage: with the request's last event, where an `Engine` generates.
+        error: what went wrong, where `finish_reason` is "error" and it was not that no token could be chosen.
     """
 
     request: int
@@ -44,6 +77,9 @@ class GenerationEvent:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     beam_score: float | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    usage: Usage | None = None
+    error: str | None = None
 
 
 @dataclass
@@ -87,12 +123,29 @@ class RequestOutput:
         prompt_token_ids, prompt: the prompt as ids and, where it came as text, as text.
         sequences: `num_return_sequences` answers; of beams the best comes first.
         prompt_logprobs: one for each token of the prompt, None for the first; None where not asked for.
+        usage: what it took; None where a `PlainEngine` generated.
     """
 
     prompt_token_ids: list[int]
     sequences: list[SequenceOutput]
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     prompt: str = ""
+    usage: Usage | None = None
+
+    @classmethod
+    def blank(cls, request: GenerationRequest) -> RequestOutput:
+        """An output that waits for its events."""
+        params = request.params
+        sequences = [
+            SequenceOutput(logprobs=None if params.logprobs is None else []) for _ in range(params.num_return_sequences)
+        ]
+        return cls(list(request.prompt_token_ids), sequences)
+
+    def add(self, event: GenerationEvent) -> None:
+        """Take over what an event brought."""
+        self.sequences[event.index].add(event)
+        self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
+        self.usage = event.usage or self.usage
 
     @property
     def text(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -59,3 +60,15 @@ def choose_dtype(
 def available_memory_bytes() -> int:
     """Physical memory of the machine, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory of a device that nobody uses, in bytes; half of the machine's where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        [kibibytes] = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+        return 1024 * int(kibibytes)
+    except (OSError, ValueError):
+        return available_memory_bytes() // 2

@@ -1,0 +1,266 @@
+"""The engine: many requests, one model, one step at a time.
+
+schedule   which sequences, how many tokens, which blocks
+draft      guess tokens, where that pays
+forward    read them all in one pass
+decide     choose tokens, fork and end sequences
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+
+import torch
+
+from bluejay.decoding.stopping import FinishReason
+from bluejay.engine.answers import Answers
+from bluejay.engine.batch import Reading
+from bluejay.engine.block_pool import BlockPool
+from bluejay.engine.kv_cache import KVCache
+from bluejay.engine.network import Network
+from bluejay.engine.options import EngineOptions
+from bluejay.engine.pacing import Pacing
+from bluejay.engine.request import GenerationEvent, GenerationRequest, RequestOutput
+from bluejay.engine.runner import Runner
+from bluejay.engine.scheduler import Schedule, Scheduler
+from bluejay.engine.sequence import Request, Sequence
+from bluejay.engine.speculation import NoSpeculation, Speculation
+from bluejay.errors import EngineError, InvalidRequest
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What an engine is at, and what it has done since it was made.
+
+    Attributes:
+        running, waiting: requests.
+        num_blocks, held_blocks, cached_blocks: of the cache; held by sequences, remembered for prompts to come.
+        steps: forward passes.
+        prompt_tokens, cached_tokens: of requests that began, and how many of them were found in the cache.
+        generated_tokens, drafted_tokens, accepted_tokens: chosen; guessed by speculation; guessed rightly.
+        preemptions: requests that had to give their blocks away and to begin again.
+    """
+
+    running: int
+    waiting: int
+    num_blocks: int
+    held_blocks: int
+    cached_blocks: int
+    steps: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
+    preemptions: int
+
+
+class Engine:
+    """Generates for many requests at once; they join and leave at any step.
+
+    Several threads, and several streams of one thread, may use it at once.
+
+    Args:
+        network: the model, its tokenizer and its device.
+        options: memory, limits.
+        speculation: how tokens are guessed ahead; None: not at all.
+        clock: seconds, for `max_time` and for what `Usage` tells.
+
+    Attributes:
+        num_cache_tokens: how many tokens the cache holds.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        options: EngineOptions | None = None,
+        *,
+        speculation: Callable[[KVCache, BlockPool], Speculation] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        options = options or EngineOptions()
+        config, size = network.model.config, options.block_size
+        dtype = options.torch_cache_dtype(network.dtype)
+        num_blocks = options.num_blocks(config, dtype, network.device)
+        self.num_cache_tokens = num_blocks * size
+        self.network = network
+        self._runner = Runner(network, KVCache(config, num_blocks, size, dtype, network.device))
+        self._pool = BlockPool(num_blocks, size)
+        self._scheduler = Scheduler(
+            self._pool,
+            max_batch_tokens=options.max_batch_tokens,
+            max_num_sequences=options.max_num_sequences,
+            prefix_cache=options.prefix_cache,
+        )
+        self._answers = Answers(self._runner, self._scheduler, clock)
+        self._speculation = NoSpeculation() if speculation is None else speculation(self._runner.cache, self._pool)
+        self._pacing = Pacing(options.max_stall)
+        self._clock = clock
+        self._requests: dict[int, Request] = {}
+        self._cancelled: list[int] = []
+        self._num_requests = 0
+        self._num_steps = 0
+        self._lock = threading.RLock()
+        self._inboxes: dict[int, deque[GenerationEvent]] = {}  # of streams, by request
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self._requests)
+
+    def add(self, asked: GenerationRequest) -> int:
+        """Take a request; returns the number by which its events name it.
+
+        Raises: RequestError if it cannot be served; InvalidRequest with the numbers if it can never fit into the cache.
+        """
+        [number] = self.add_all([asked])
+        return number
+
+    def add_all(self, requests: Iterable[GenerationRequest]) -> list[int]:
+        """Take all requests or none. Raises: as `add`, for the first that cannot be served."""
+        with self._lock:
+            taken = [self._prepare(self._num_requests + place, asked) for place, asked in enumerate(requests)]
+            for request in taken:
+                self._requests[request.id] = request
+                self._scheduler.add(request)
+            self._num_requests += len(taken)
+        return [request.id for request in taken]
+
+    def cancel(self, number: int) -> None:
+        """End a request at the next step, which frees its blocks; nothing happens if it has ended."""
+        self._cancelled.append(number)
+
+    def step(self) -> list[GenerationEvent]:
+        """Read and choose the next tokens; returns what that brought, each request's events in their order."""
+        with self._lock, torch.inference_mode():
+            events = self._end_cancelled()
+            began = self._clock()
+            schedule = self._scheduler.schedule(
+                max_prefill_tokens=self._pacing.max_prefill_tokens, num_drafts=self._speculation.num_drafts
+            )
+            if schedule.parts:
+                self._num_steps += 1
+                try:
+                    events += self._compute(schedule, began)
+                except Exception as error:  # whatever it is, it ends these requests and not the engine
+                    events += self._fail(schedule, error)
+            for event in events:
+                if event.usage is not None:
+                    del self._requests[event.request]
+        return events
+
+    def stream(self, requests: Seq[GenerationRequest]) -> Iterator[GenerationEvent]:
+        """Yield what each step brings, until every answer has ended; events name requests by their place here.
+
+        Who stops listening cancels what still runs. Raises: RequestError for the first request that cannot be served,
+        before anything runs.
+        """
+        return self._events({number: place for place, number in enumerate(self.add_all(requests))})
+
+    def generate(self, requests: Seq[GenerationRequest]) -> list[RequestOutput]:
+        """Run all requests to their end; the outputs are in the order of the requests.
+
+        Raises: RequestError before anything runs; EngineError if the engine failed.
+        """
+        outputs = [RequestOutput.blank(request) for request in requests]
+        for event in self.stream(requests):
+            if event.error is not None:
+                raise EngineError(event.error)
+            outputs[event.request].add(event)
+        return outputs
+
+    def statistics(self) -> Statistics:
+        """Count what there is."""
+        scheduler, pool, answers = self._scheduler, self._pool, self._answers
+        return Statistics(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            num_blocks=pool.num_blocks,
+            held_blocks=pool.num_held,
+            cached_blocks=pool.num_published,
+            steps=self._num_steps,
+            prompt_tokens=scheduler.num_prompt_tokens,
+            cached_tokens=scheduler.num_cached_tokens,
+            generated_tokens=answers.num_generated_tokens,
+            drafted_tokens=answers.num_drafted_tokens,
+            accepted_tokens=answers.num_accepted_tokens,
+            preemptions=scheduler.num_preemptions,
+        )
+
+    def check_integrity(self) -> None:
+        """Check the books of blocks. Raises: AssertionError."""
+        self._scheduler.check_integrity()
+
+    def _events(self, places: dict[int, int]) -> Iterator[GenerationEvent]:
+        inbox: deque[GenerationEvent] = deque()
+        self._inboxes |= dict.fromkeys(places, inbox)
+        open_requests = set(places)
+        try:
+            while open_requests:
+                with self._lock:
+                    if not inbox:  # nor has another stream's step brought something
+                        for event in self.step():
+                            if event.request in self._inboxes:
+                                self._inboxes[event.request].append(event)
+                while inbox:
+                    event = inbox.popleft()
+                    if event.usage is not None:
+                        open_requests.discard(event.request)
+                    yield replace(event, request=places[event.request])
+        finally:
+            for number in places:
+                del self._inboxes[number]
+            for number in open_requests:
+                self.cancel(number)
+
+    def _prepare(self, number: int, asked: GenerationRequest) -> Request:
+        prompt = self.network.prepare(number, asked)
+        request = Request(number, asked, prompt, arrived_s=self._clock())
+        needed = request.most_blocks(self._pool.block_size)
+        if needed > self._pool.num_blocks:
+            size = self._pool.block_size
+            raise InvalidRequest(
+                f"{request.width} sequences of {len(prompt.history)} tokens of prompt and up to "
+                f"{prompt.max_new_tokens} new ones need room for {needed * size} tokens, and the cache holds "
+                f"{self.num_cache_tokens}; ask for "
+                "fewer tokens or sequences, or give the cache more memory",
+                "max_new_tokens",
+            )
+        root = Sequence(request, 0, prompt.history)
+        if asked.params.prompt_logprobs is not None:
+            root.score_from = 0
+        request.sequences = [root]
+        return request
+
+    def _compute(self, schedule: Schedule, began: float) -> list[GenerationEvent]:
+        """Draft, read, decide."""
+        for part in schedule.parts:
+            if part.sequence.request.started_s is None:
+                part.sequence.request.started_s = began
+        self._runner.cache.copy(schedule.copies)
+        self._speculation.draft(schedule)
+        hidden = self._runner.forward(
+            [Reading(part.token_ids, part.start, part.sequence.block_table) for part in schedule.parts]
+        )
+        events = self._answers.decide(schedule, hidden)
+        self._speculation.learn(schedule)
+        self._pacing.learn(schedule, self._clock() - began)
+        return events
+
+    def _end_cancelled(self) -> list[GenerationEvent]:
+        numbers, self._cancelled = self._cancelled, []
+        there = [self._requests[number] for number in numbers if number in self._requests]
+        return [event for request in there for event in self._answers.end(request, FinishReason.CANCELLED)]
+
+    def _fail(self, schedule: Schedule, error: Exception) -> list[GenerationEvent]:
+        """End the requests of a step that failed."""
+        message = f"{type(error).__name__}: {error}"
+        requests = {part.sequence.request.id: part.sequence.request for part in schedule.parts}
+        return [
+            event for request in requests.values() for event in self._answers.end(request, FinishReason.ERROR, message)
+        ]

@@ -1,0 +1,80 @@
+"""A model and its tokenizer: what every engine knows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bluejay.decoding.processors import processors_for
+from bluejay.decoding.sampler import Choice
+from bluejay.decoding.stopping import new_token_limit
+from bluejay.engine.continuation import Continuation
+from bluejay.engine.request import GenerationRequest
+from bluejay.errors import InvalidRequest, UnsupportedOption
+from bluejay.model import LanguageModel
+from bluejay.model.quantized import Quantization
+from bluejay.tokenizer import Tokenizer
+
+
+class Network:
+    """A model, where it is, and which of its ids mean something.
+
+    Args:
+        model: the network, in evaluation mode.
+        tokenizer: turns tokens into text, and says which ids have a token at all: others are never chosen. Without
+            it, events and outputs carry no text, and `stop` is refused.
+        device: where the model is.
+        dtype: what it computes in.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.device = torch.device(device)
+        self.quantized = Quantization.of(model.config) is not None
+        self.dtype = dtype
+        self._forbidden = None if tokenizer is None else self._ids_without_token(tokenizer)
+
+    def prepare(self, place: int, request: GenerationRequest) -> Continuation:
+        """Check a request against this model. Raises: RequestError."""
+        params, prompt = request.params, list(request.prompt_token_ids)
+        config = self.model.config
+        self.check_ids(prompt)
+        limit = new_token_limit(params, len(prompt), config.n_positions)
+        if params.stop_texts and self.tokenizer is None:
+            raise UnsupportedOption("stop needs a tokenizer, and this model was opened without one", "stop")
+        eos_ids = params.eos_ids(config.eos_token_id)
+        processors = processors_for(
+            params, prompt, eos_ids=eos_ids, vocab_size=config.vocab_size, forbidden=self._forbidden
+        )
+        return Continuation(place, 0, prompt, params, eos_ids, limit, Choice(processors), self.tokenizer)
+
+    def check_ids(self, token_ids: Sequence[int]) -> None:
+        """Raises: InvalidRequest for token ids that the model does not have."""
+        size = self.model.config.vocab_size
+        if wrong := sorted({token for token in token_ids if not 0 <= token < size}):
+            raise InvalidRequest(f"the prompt holds token ids {wrong[:10]}, expected 0 to {size - 1}", "prompt")
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """[..., n_embd] -> [..., vocab_size] float32, -inf for ids that must never be chosen."""
+        return self.allowed(self.model.logits(hidden_states))
+
+    def allowed(self, logits: Tensor) -> Tensor:
+        """The logits without the ids that must never be chosen; changed in place."""
+        return logits if self._forbidden is None else logits.masked_fill_(self._forbidden, -torch.inf)
+
+    def _ids_without_token(self, tokenizer: Tokenizer) -> Tensor | None:
+        """[V] bool, True for ids that must never be chosen; None if there are none."""
+        size = self.model.config.vocab_size
+        mask = torch.ones(size, dtype=torch.bool)
+        mask[[i for i in tokenizer.known_ids if i < size]] = False
+        return mask.to(self.device) if mask.any() else None

@@ -1,0 +1,78 @@
+"""What an engine may be told when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bluejay.engine.kv_cache import bytes_per_token
+from bluejay.errors import ConfigError
+from bluejay.model import ModelConfig
+from bluejay.model.device import free_memory_bytes
+
+CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CACHE_SHARE = 0.5  # of what is free: the rest is for a step's activations, and for whoever else is on the machine
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine uses its machine.
+
+    Attributes:
+        max_num_sequences: sequences that run together; a request that has more by itself runs alone.
+        max_batch_tokens: tokens that a step reads; prompts are read in chunks that leave room for those that decode.
+        max_stall: how many times as long as a step without prompts a step may take while sequences decode. Chunks of
+            prompts are cut accordingly; 0 lets them be as long as `max_batch_tokens` says.
+        cache_memory_bytes: of the keys and values; None: half of what is free, but not more than `max_num_sequences`
+            whole contexts take.
+        cache_dtype: of keys and values: "float32", "float16", "bfloat16", or "auto": float16, and bfloat16 for a model
+            that computes in it.
+        block_size: tokens in a block of the cache.
+        prefix_cache: whether beginnings of prompts that were seen before are found in the cache.
+
+    Raises: ConfigError with everything that is wrong at once.
+    """
+
+    max_num_sequences: int = 64
+    max_batch_tokens: int = 512
+    max_stall: float = 2.0
+    cache_memory_bytes: int | None = None
+    cache_dtype: str = "auto"
+    block_size: int = 16
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is {getattr(self, name)!r}, expected a whole number, {least} or more"
+            for name, least in (("max_num_sequences", 1), ("max_batch_tokens", 1), ("block_size", 1))
+            if type(getattr(self, name)) is not int or getattr(self, name) < least
+        ]
+        if not (self.max_stall == 0 or self.max_stall > 1):
+            problems.append(f"max_stall is {self.max_stall!r}, expected a number above 1, or 0 for no limit")
+        if self.cache_memory_bytes is not None and self.cache_memory_bytes < 1:
+            problems.append(f"cache_memory_bytes is {self.cache_memory_bytes!r}, expected a positive number, or None")
+        if self.cache_dtype not in ("auto", *CACHE_DTYPES):
+            problems.append(f"cache_dtype is {self.cache_dtype!r}, expected auto, {', '.join(CACHE_DTYPES)}")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def torch_cache_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """The dtype of keys and values of a model that computes in `model_dtype`."""
+        if self.cache_dtype == "auto":
+            return torch.bfloat16 if model_dtype == torch.bfloat16 else torch.float16
+        return CACHE_DTYPES[self.cache_dtype]
+
+    def num_blocks(self, config: ModelConfig, cache_dtype: torch.dtype, device: torch.device) -> int:
+        """The blocks that fit into the memory budget. Raises: ConfigError if not one does."""
+        block_bytes = self.block_size * bytes_per_token(config, cache_dtype)
+        budget = self.cache_memory_bytes
+        if budget is None:
+            whole = self.max_num_sequences * -(-config.n_positions // self.block_size)
+            return max(1, min(int(CACHE_SHARE * free_memory_bytes(device)) // block_bytes, whole))
+        if budget < block_bytes:
+            raise ConfigError(
+                f"cache_memory_bytes is {budget:,}, and a block of {self.block_size} tokens takes {block_bytes:,}; "
+                f"give at least that"
+            )
+        return budget // block_bytes
