@@ -108,11 +108,12 @@ def test_a_quantised_model_is_attended_to_by_the_kernels_alone(tiny_model, monke
     with_torch = tiny_model(torch.arange(20)[None], torch.arange(20)[None], CausalAttention()).mean(1)[0]
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
     engine = PlainEngine(tiny_model)
-    assert Scorer(Network(tiny_model)).embed([list(range(20))])[0].allclose(with_torch, atol=1e-4)
+    scorer = Scorer(Network(tiny_model))
+    assert scorer.embed([list(range(20))])[0].allclose(with_torch, atol=1e-4)
     assert [len(ids) for ids in greedy(engine)] == [12] * 4
     assert written == {torch.float16}
     exact = PlainEngine(tiny_model, cache_dtype=torch.float32)
-    scores = exact.score([(prompt, said) for prompt, said in zip(PROMPTS, greedy(exact), strict=True)])
+    scores = scorer.score([(prompt, said) for prompt, said in zip(PROMPTS, greedy(exact), strict=True)])
     assert all(score.is_greedy for score in scores)
 
 

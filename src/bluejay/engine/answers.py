@@ -270,7 +270,7 @@ class Answers:
         steps = request.num_generated_tokens / request.width - 1
         return Usage(
             prompt_tokens=len(request.asked.prompt_token_ids),
-            cached_tokens=request.num_cached_tokens,
+            cached_tokens=request.num_cached_tokens or 0,
             generated_tokens=request.num_generated_tokens,
             drafted_tokens=request.num_drafted_tokens,
             accepted_tokens=request.num_accepted_tokens,

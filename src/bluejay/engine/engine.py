@@ -123,13 +123,9 @@ class Engine:
 
     def add_all(self, requests: Iterable[GenerationRequest]) -> list[int]:
         """Take all requests or none. Raises: as `add`, for the first that cannot be served."""
-        with self._lock:
-            taken = [self._prepare(self._num_requests + place, asked) for place, asked in enumerate(requests)]
-            for request in taken:
-                self._requests[request.id] = request
-                self._scheduler.add(request)
-            self._num_requests += len(taken)
-        return [request.id for request in taken]
+        prepared = self._prepare_all(requests)
+        self._begin(prepared)
+        return [request.id for request in prepared]
 
     def cancel(self, number: int) -> None:
         """End a request at the next step, which frees its blocks; nothing happens if it has ended."""
@@ -160,7 +156,7 @@ class Engine:
         Who stops listening cancels what still runs. Raises: RequestError for the first request that cannot be served,
         before anything runs.
         """
-        return self._events({number: place for place, number in enumerate(self.add_all(requests))})
+        return self._events(self._prepare_all(requests))
 
     def generate(self, requests: Seq[GenerationRequest]) -> list[RequestOutput]:
         """Run all requests to their end; the outputs are in the order of the requests.
@@ -196,9 +192,12 @@ class Engine:
         """Check the books of blocks. Raises: AssertionError."""
         self._scheduler.check_integrity()
 
-    def _events(self, places: dict[int, int]) -> Iterator[GenerationEvent]:
+    def _events(self, requests: list[Request]) -> Iterator[GenerationEvent]:
+        """Begin when somebody listens, and stop when nobody does."""
+        places = {request.id: place for place, request in enumerate(requests)}
         inbox: deque[GenerationEvent] = deque()
         self._inboxes |= dict.fromkeys(places, inbox)
+        self._begin(requests)
         open_requests = set(places)
         try:
             while open_requests:
@@ -218,9 +217,22 @@ class Engine:
             for number in open_requests:
                 self.cancel(number)
 
+    def _prepare_all(self, requests: Iterable[GenerationRequest]) -> list[Request]:
+        with self._lock:
+            prepared = [self._prepare(self._num_requests + place, asked) for place, asked in enumerate(requests)]
+            self._num_requests += len(prepared)
+        return prepared
+
+    def _begin(self, requests: list[Request]) -> None:
+        with self._lock:
+            for request in requests:
+                request.arrived_s = self._clock()
+                self._requests[request.id] = request
+                self._scheduler.add(request)
+
     def _prepare(self, number: int, asked: GenerationRequest) -> Request:
         prompt = self.network.prepare(number, asked)
-        request = Request(number, asked, prompt, arrived_s=self._clock())
+        request = Request(number, asked, prompt)
         needed = request.most_blocks(self._pool.block_size)
         if needed > self._pool.num_blocks:
             size = self._pool.block_size
@@ -254,7 +266,7 @@ class Engine:
 
     def _end_cancelled(self) -> list[GenerationEvent]:
         numbers, self._cancelled = self._cancelled, []
-        there = [self._requests[number] for number in numbers if number in self._requests]
+        there = [self._requests[number] for number in dict.fromkeys(numbers) if number in self._requests]
         return [event for request in there for event in self._answers.end(request, FinishReason.CANCELLED)]
 
     def _fail(self, schedule: Schedule, error: Exception) -> list[GenerationEvent]:

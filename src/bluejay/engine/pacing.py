@@ -26,7 +26,7 @@ class Pacing:
         """Tokens of prompts that a step may read while sequences decode; None if any number."""
         if self._max_stall == 0:
             return None
-        if self._decode_s is None or self._token_s is None:
+        if not self._decode_s or not self._token_s:  # a clock may stand still
             return FIRST_CHUNK
         return max(LEAST_CHUNK, int((self._max_stall - 1) * self._decode_s / self._token_s))
 

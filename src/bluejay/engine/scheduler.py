@@ -284,7 +284,7 @@ class Scheduler:
         self.pool.share(found)
         sequence.block_table = found
         sequence.num_computed_tokens = len(found) * self.pool.block_size
-        if request.started_s is None:
+        if request.num_cached_tokens is None:
             request.num_cached_tokens = sequence.num_computed_tokens
             self.num_prompt_tokens += sequence.num_tokens
             self.num_cached_tokens += sequence.num_computed_tokens

@@ -97,7 +97,7 @@ class Request:
         search: a beam search on its way.
         leader_tokens: how many tokens its sequences share, of which the first one reads them for all after a
             preemption; 0 if each reads its own.
-        num_cached_tokens: of the prompt, found in the cache.
+        num_cached_tokens: of the prompt, found in the cache; None before it began.
         arrived_s, started_s, first_token_s: by the engine's clock; None until then.
     """
 
@@ -111,7 +111,7 @@ class Request:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     search: Search | None = None
     leader_tokens: int = 0
-    num_cached_tokens: int = 0
+    num_cached_tokens: int | None = None
     num_generated_tokens: int = 0
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
