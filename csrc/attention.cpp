@@ -153,6 +153,7 @@ void paged_attention(const AttentionArgs& args) {
 
 void write_kv(const WriteArgs& args) {
     const AttentionKernels& kernel = kernels();
+    const int64_t row = args.heads * args.head_dim;
     const auto write = [&](int64_t token) {
         const int64_t slot = args.slots[token];
         if (slot < 0) return;
@@ -160,10 +161,10 @@ void write_kv(const WriteArgs& args) {
         const auto to = [&](const CacheView& view) {
             return view.data + block * view.block_stride + offset * view.token_stride;
         };
-        kernel.store(args.k + token * args.row, to(args.keys), args.type, args.row);
-        kernel.store(args.v + token * args.row, to(args.values), args.type, args.row);
+        kernel.store(args.k + token * row, to(args.keys), args.type, args.heads, args.head_dim);
+        kernel.store(args.v + token * row, to(args.values), args.type, args.heads, args.head_dim);
     };
-    if (args.tokens * args.row < 32768) {  // less than it takes to wake the others
+    if (args.tokens * row < 32768) {  // less than it takes to wake the others
         for (int64_t token = 0; token < args.tokens; ++token) write(token);
     } else {
         parallel_for(args.tokens, write);

@@ -14,9 +14,10 @@
 
 namespace bluejay {
 
-enum class KvType { float32, float16, bfloat16 };
+enum class KvType { float32, float16, bfloat16, int8 };
 
-// Keys or values [blocks, block_size, heads, head_dim]; the last two dims are contiguous. Strides in bytes.
+// Keys or values [blocks, block_size, heads, head_dim]; of int8 [..., head_dim + 4], each head's numbers and then its
+// scale, a float32. The last two dims are contiguous. Strides in bytes.
 struct CacheView {
     char* data;
     int64_t block_stride;
@@ -45,7 +46,8 @@ struct WriteArgs {
     const float* k;               // [tokens, heads, head_dim]
     const float* v;
     int64_t tokens;
-    int64_t row;                  // heads * head_dim
+    int64_t heads;
+    int64_t head_dim;
     KvType type;
     CacheView keys;
     CacheView values;
@@ -81,7 +83,7 @@ struct AttentionKernels {
     // One query. For each head a state, state_floats(head_dim): [head_dim] sum(exp(score - largest) * value), then the
     // largest score, then sum(exp(score - largest)).
     void (*attend_one)(const AttentionArgs& args, const AttentionTile& tile, float* states);
-    void (*store)(const float* from, void* to, KvType type, int64_t count);
+    void (*store)(const float* from, void* to, KvType type, int64_t heads, int64_t head_dim);
 };
 
 constexpr int64_t state_floats(int64_t head_dim) { return head_dim + 2; }

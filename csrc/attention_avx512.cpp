@@ -4,6 +4,6 @@
 
 namespace bluejay {
 
-const AttentionKernels attention_avx512 = {3 * kLanes, attend, attend_one, store_row};
+const AttentionKernels attention_avx512 = {3 * kLanes, attend, attend_one, store_heads};
 
 }  // namespace bluejay

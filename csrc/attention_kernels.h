@@ -17,10 +17,16 @@ namespace bluejay {
 namespace {
 
 typedef uint16_t Halves __attribute__((vector_size(BLUEJAY_VECTOR_BYTES / 2)));
+typedef int8_t Quarters __attribute__((vector_size(BLUEJAY_VECTOR_BYTES / 4)));
 
 // The cache's number formats. A float16 without its own instruction: the bits as a float32 are 2^112 times too small,
 // whether the number is normal or not; infinities and NaN get the largest exponent instead.
-struct Float32 {
+struct Unscaled {  // floats: what multiplies by their scale vanishes when it is compiled
+    static constexpr int64_t kScaleBytes = 0;
+    static BLUEJAY_INLINE float scale(const void*, int64_t) { return 1; }
+};
+
+struct Float32 : Unscaled {
     typedef float Number;
     static BLUEJAY_INLINE Vec widen(const Number* from) { return load(from); }
     static BLUEJAY_INLINE float widen_one(Number x) { return x; }
@@ -28,7 +34,7 @@ struct Float32 {
     static BLUEJAY_INLINE Number narrow_one(float x) { return x; }
 };
 
-struct BFloat16 {
+struct BFloat16 : Unscaled {
     typedef uint16_t Number;
     static BLUEJAY_INLINE Vec widen(const Number* from) {
         return as<Vec>(__builtin_convertvector(load<Halves>(from), Bits) << 16);
@@ -47,7 +53,7 @@ struct BFloat16 {
     }
 };
 
-struct Float16 {
+struct Float16 : Unscaled {
     typedef uint16_t Number;
     static BLUEJAY_INLINE Vec widen(const Number* from) {
 #if BLUEJAY_VECTOR_BYTES == 64
@@ -89,6 +95,33 @@ struct Float16 {
     }
 };
 
+struct Int8 {  // a head's scale comes after its numbers, not aligned
+    typedef int8_t Number;
+    static constexpr int64_t kScaleBytes = sizeof(float);
+    static BLUEJAY_INLINE float scale(const Number* row, int64_t head_dim) { return load<float>(row + head_dim); }
+    static BLUEJAY_INLINE Vec widen(const Number* from) {
+#if BLUEJAY_VECTOR_BYTES == 64
+        return _mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, load<__m128i>(from)));
+#elif BLUEJAY_VECTOR_BYTES == 32
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+        return __builtin_convertvector(__builtin_convertvector(load<Quarters>(from), Ints), Vec);
+#endif
+    }
+    static BLUEJAY_INLINE float widen_one(Number x) { return x; }
+    // Of numbers that the scale has divided. Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
+    static BLUEJAY_INLINE void narrow(Number* to, Vec v) {
+        const Quarters integers = __builtin_convertvector(as<Ints>(v + 12582912.0f), Quarters);
+        memcpy(to, &integers, sizeof(integers));
+    }
+    static BLUEJAY_INLINE Number narrow_one(float x) { return Number(as<int32_t>(x + 12582912.0f)); }
+};
+
+template <typename Format>
+constexpr int64_t head_bytes_of(int64_t head_dim) {
+    return head_dim * int64_t(sizeof(typename Format::Number)) + Format::kScaleBytes;
+}
+
 // Where each of some keys begins, one pointer to the head's numbers of each.
 struct Rows {
     const char* at[kKeyTile];
@@ -110,9 +143,10 @@ void widen_rows(const Rows& rows, int64_t count, int64_t head_dim, float* to) {
     const int64_t padded = padded_dim(head_dim), stride = row_floats(head_dim);
     for (int64_t j = 0; j < count; ++j, to += stride) {
         const auto* from = reinterpret_cast<const typename Format::Number*>(rows.at[j]);
+        const float scale = Format::scale(from, head_dim);
         int64_t i = 0;
-        for (; i + kLanes <= head_dim; i += kLanes) store(to + i, Format::widen(from + i));
-        for (; i < head_dim; ++i) to[i] = Format::widen_one(from[i]);
+        for (; i + kLanes <= head_dim; i += kLanes) store(to + i, Format::widen(from + i) * scale);
+        for (; i < head_dim; ++i) to[i] = Format::widen_one(from[i]) * scale;
         for (; i < padded; ++i) to[i] = 0;
     }
     for (int64_t j = count; j % 8 != 0; ++j, to += stride) memset(to, 0, padded * sizeof(float));
@@ -240,7 +274,7 @@ void attend_panels(const AttentionArgs& args, const AttentionTile& tile, float* 
     constexpr int64_t lanes = VECS * kLanes;
     const int64_t panel_floats = padded_dim(args.head_dim) * lanes;
     const int64_t row_step = lanes * args.heads * args.head_dim, start = (tile.row * args.heads + tile.head) * args.head_dim;
-    const int64_t head_bytes = args.head_dim * sizeof(typename Format::Number);
+    const int64_t head_bytes = head_bytes_of<Format>(args.head_dim);
     Panel panels[kPanels];
     int64_t num_panels = 0;
     for (int64_t row = 0; row < tile.rows; row += lanes, ++num_panels) {
@@ -283,6 +317,7 @@ void attend(const AttentionArgs& args, const AttentionTile& tile, float* scratch
         case KvType::float32: return attend_as<Float32>(args, tile, scratch);
         case KvType::float16: return attend_as<Float16>(args, tile, scratch);
         case KvType::bfloat16: return attend_as<BFloat16>(args, tile, scratch);
+        case KvType::int8: return attend_as<Int8>(args, tile, scratch);
     }
 }
 
@@ -309,6 +344,12 @@ BLUEJAY_INLINE void sum_lanes(const Vec (&acc)[4], float* to) {
 // Fetch the cache line that begins at byte `at` of a row, if one does.
 BLUEJAY_INLINE void fetch(const char* row, int64_t at) {
     if (at % 64 == 0) __builtin_prefetch(row + at, 0, 2);
+}
+
+// Fetch the cache line that a head's scale is in, if it has one: it may lie past those that begin among its numbers.
+template <typename Format>
+BLUEJAY_INLINE void fetch_scale(const char* row, int64_t head_dim) {
+    if (Format::kScaleBytes > 0) __builtin_prefetch(row + head_bytes_of<Format>(head_dim) - 1, 0, 2);
 }
 
 // scores[j] = q · key j, four keys at a time. `ahead` are rows that will be read next.
@@ -338,6 +379,10 @@ BLUEJAY_INLINE void score_keys(const float* q, const Rows& rows, const Rows& ahe
         for (; i < head_dim; ++i) {
             for (int r = 0; r < 4; ++r) scores[j + r] += q[i] * Format::widen_one(key[r][i]);
         }
+        for (int r = 0; r < 4; ++r) {
+            scores[j + r] *= Format::scale(key[r], head_dim);
+            fetch_scale<Format>(next[r], head_dim);
+        }
     }
 }
 
@@ -347,20 +392,25 @@ BLUEJAY_INLINE void mix(const float* weights, const char* const* rows, const cha
                         float factor, float* mixed) {
     typedef typename Format::Number Number;
     const Number* value[COUNT];
-    for (int r = 0; r < COUNT; ++r) value[r] = reinterpret_cast<const Number*>(rows[r]);
+    float weight[COUNT];
+    for (int r = 0; r < COUNT; ++r) {
+        value[r] = reinterpret_cast<const Number*>(rows[r]);
+        weight[r] = weights[r] * Format::scale(value[r], head_dim);
+        fetch_scale<Format>(ahead[r], head_dim);
+    }
     int64_t i = 0;
     for (; i + kLanes <= head_dim; i += kLanes) {
         Vec sum = load(mixed + i) * factor;
 #pragma GCC unroll 4
         for (int r = 0; r < COUNT; ++r) {
-            sum = multiply_add(splat(weights[r]), Format::widen(value[r] + i), sum);
+            sum = multiply_add(splat(weight[r]), Format::widen(value[r] + i), sum);
             fetch(ahead[r], i * sizeof(Number));
         }
         store(mixed + i, sum);
     }
     for (; i < head_dim; ++i) {
         float sum = mixed[i] * factor;
-        for (int r = 0; r < COUNT; ++r) sum += weights[r] * Format::widen_one(value[r][i]);
+        for (int r = 0; r < COUNT; ++r) sum += weight[r] * Format::widen_one(value[r][i]);
         mixed[i] = sum;
     }
 }
@@ -401,7 +451,7 @@ BLUEJAY_INLINE void join_values(float* scores, const AttentionArgs& args, const 
 template <typename Format>
 void attend_one_as(const AttentionArgs& args, const AttentionTile& tile, float* states) {
     constexpr int64_t round = 32;  // keys: 16 KiB of keys and 16 KiB of values with 256 dims of 16 bits
-    const int64_t dim = args.head_dim, head_bytes = dim * sizeof(typename Format::Number);
+    const int64_t dim = args.head_dim, head_bytes = head_bytes_of<Format>(dim);
     const float* q = args.q + (tile.row * args.heads + tile.head) * dim;
     float scores[round + kLanes] = {};
     Rows keys, values;
@@ -431,6 +481,7 @@ void attend_one(const AttentionArgs& args, const AttentionTile& tile, float* sta
         case KvType::float32: return attend_one_as<Float32>(args, tile, states);
         case KvType::float16: return attend_one_as<Float16>(args, tile, states);
         case KvType::bfloat16: return attend_one_as<BFloat16>(args, tile, states);
+        case KvType::int8: return attend_one_as<Int8>(args, tile, states);
     }
 }
 
@@ -442,11 +493,50 @@ void store_as(const float* from, void* to, int64_t count) {
     for (; i < count; ++i) numbers[i] = Format::narrow_one(from[i]);
 }
 
-void store_row(const float* from, void* to, KvType type, int64_t count) {
+// The largest magnitude of some numbers; NaN if one of them is: as an integer it is more than infinity.
+float largest_of(const float* from, int64_t count) {
+    Ints lanes = {};
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        const Ints magnitude = load<Ints>(from + i) & 0x7fffffff;
+        lanes = magnitude > lanes ? magnitude : lanes;
+    }
+    int32_t largest = 0;
+    for (int lane = 0; lane < kLanes; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
+    for (; i < count; ++i) {
+        const int32_t magnitude = as<int32_t>(from[i]) & 0x7fffffff;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return as<float>(largest);
+}
+
+void store_int8(const float* from, int8_t* to, int64_t head_dim) {
+    const float largest = largest_of(from, head_dim);
+    float scale = largest / 127.0f;
+    if (largest < 1e-30f || !(largest <= FLT_MAX)) {  // no scale to divide by
+        scale = largest < 1e-30f ? 0.0f : __builtin_nanf("");
+        memset(to, 0, head_dim);
+    } else {
+        int64_t i = 0;
+        for (; i + kLanes <= head_dim; i += kLanes) Int8::narrow(to + i, load(from + i) / scale);
+        for (; i < head_dim; ++i) to[i] = Int8::narrow_one(from[i] / scale);
+    }
+    memcpy(to + head_dim, &scale, sizeof(scale));
+}
+
+void store_int8_heads(const float* from, void* to, int64_t heads, int64_t head_dim) {
+    auto* numbers = static_cast<int8_t*>(to);
+    for (int64_t h = 0; h < heads; ++h) {
+        store_int8(from + h * head_dim, numbers + h * head_bytes_of<Int8>(head_dim), head_dim);
+    }
+}
+
+void store_heads(const float* from, void* to, KvType type, int64_t heads, int64_t head_dim) {
     switch (type) {
-        case KvType::float32: return store_as<Float32>(from, to, count);
-        case KvType::float16: return store_as<Float16>(from, to, count);
-        case KvType::bfloat16: return store_as<BFloat16>(from, to, count);
+        case KvType::float32: return store_as<Float32>(from, to, heads * head_dim);
+        case KvType::float16: return store_as<Float16>(from, to, heads * head_dim);
+        case KvType::bfloat16: return store_as<BFloat16>(from, to, heads * head_dim);
+        case KvType::int8: return store_int8_heads(from, to, heads, head_dim);
     }
 }
 

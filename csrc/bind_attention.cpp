@@ -78,11 +78,12 @@ void check_tokens(const Array& x, const char* name) {
 // Check a cache against this step's tensor x.
 void check_cache(const Array& cache, const char* name, const Array& x, const char* x_name) {
     const auto whole = [&] { return std::string(name) + " is " + described(cache); };
-    BLUEJAY_CHECK((is_float32(cache, 4) || is(cache, nb::dlpack::dtype_code::Float, 16, 4) ||
+    const bool int8 = is_int(cache, 8, 4);
+    BLUEJAY_CHECK((int8 || is_float32(cache, 4) || is(cache, nb::dlpack::dtype_code::Float, 16, 4) ||
            is(cache, nb::dlpack::dtype_code::Bfloat, 16, 4)) && cache.shape(1) > 0,
-          whole() + ", expected float32, float16 or bfloat16 [N, P, H, K]");
-    BLUEJAY_CHECK(cache.shape(2) == x.shape(1) && cache.shape(3) == x.shape(2),
-          whole() + ", expected heads and head dim as in " + x_name + ", " + described(x));
+          whole() + ", expected float32, float16 or bfloat16 [N, P, H, K], or int8 [N, P, H, K + 4]");
+    BLUEJAY_CHECK(cache.shape(2) == x.shape(1) && cache.shape(3) == x.shape(2) + (int8 ? sizeof(float) : 0),
+          whole() + ", expected heads and head dim" + (int8 ? " + 4" : "") + " as in " + x_name + ", " + described(x));
     check_memory(cache, name, false);
     bool apart = is_dense(cache, 2);
     for (size_t dim = 0; dim < 2; ++dim) apart = apart && (cache.shape(dim) == 1 || cache.stride(dim) != 0);
@@ -99,6 +100,7 @@ void check_caches(const Array& keys, const Array& values, const Array& x, const 
 }
 
 KvType type_of(const Array& cache) {
+    if (cache.dtype().bits == 8) return KvType::int8;
     if (cache.dtype().bits == 32) return KvType::float32;
     return cache.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float) ? KvType::float16 : KvType::bfloat16;
 }
@@ -215,7 +217,8 @@ void write(Array k, Array v, nb::ndarray<> k_cache, nb::ndarray<> v_cache, Array
     const WriteArgs args{numbers<float>(k),
                          numbers<float>(v),
                          static_cast<int64_t>(k.shape(0)),
-                         static_cast<int64_t>(k.shape(1) * k.shape(2)),
+                         static_cast<int64_t>(k.shape(1)),
+                         static_cast<int64_t>(k.shape(2)),
                          type_of(keys),
                          view_of(keys),
                          view_of(values),

@@ -16,6 +16,10 @@ bytes of 4 inputs of all 16 outputs lie together, as the kernels read them; with
 Activations become integers on the fly, with a scale for each row and each 32 inputs. With 8-bit weights it is such
 that of four inputs that are summed in 16 bits, which is what makes AVX2 fast, those of one sign add up to 180 at most,
 182 when rounded: the weights being unsigned, 180 * 182 = 32,760 is the largest sum that may come about.
+
+Keys and values may be kept as int8, each token's head of K numbers with a scale of its own: number = integer * scale.
+
+    int8 cache   int8    [N, P, H, K + 4]    K integers, -127 … 127, then the scale, a float32 in 4 unaligned bytes
 """
 
 from __future__ import annotations
@@ -37,12 +41,15 @@ WEIGHT_OFFSET = {8: 90, 4: 8}  # what is added to an integer to store it unsigne
 # wider grid gains less than 0.1 %.
 _INT4_PLACES = (7.0, 7.25, 7.5, 7.75, 8.0, 8.25, 8.5, 8.75, 9.0, -6.5, -7.0, -7.5)
 _SEARCHED_AT_ONCE = 2**17  # weights: fewer make more calls than work, the copies of more leave the cache
-_LEAST = 1e-30  # a group of smaller magnitude counts as zeros: its reciprocal would leave float32
+_LEAST = 1e-30  # a group or head of smaller magnitude counts as zeros: its reciprocal or scale would leave float32
 _MOST = 127.0  # steps of an activation on each side
 _MOST_OF_FOUR = 180.0  # what four that meet may add up to in steps
 # A group of activations whose largest is beyond this many root mean squares of its row holds outliers.
 _OUTLIER = 6.0  # a gelu reaches 5 in every seventieth group, and a second digit takes its time
 _MOST_WIDE = 90.0 * 91.0  # two digits: 91 * high + low, of up to 90 and 45
+
+_KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+_KV_SCALE_BYTES = 4  # of an int8 cache
 
 
 def quantize_int8(weight: Tensor, group_size: int = 32) -> tuple[Tensor, Tensor]:
@@ -256,6 +263,32 @@ def _linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, out_
     return out if bias is None else out + bias
 
 
+def kv_width(head_dim: int, dtype: torch.dtype) -> int:
+    """The last dim of a cache of keys or values: of int8 it has room for the scale."""
+    return head_dim + _KV_SCALE_BYTES if dtype == torch.int8 else head_dim
+
+
+def quantize_kv(x: Tensor) -> Tensor:
+    """Round heads of keys or values to 8 bits, as a cache of int8 keeps them.
+
+    A head's scale is its largest magnitude / 127, its integers are the nearest to x / scale, even ones in the middle. A
+    head below 1e-30 is zeros with scale 0; one that holds NaN or infinity is zeros with scale NaN, and reads as NaN.
+
+    Shapes (K head dim): x [..., K] float32 -> [..., K + 4] int8.
+    """
+    largest = x.abs().amax(-1, keepdim=True)  # NaN if one of them is
+    scales = (largest / _MOST).masked_fill(largest < _LEAST, 0.0).masked_fill(~largest.isfinite(), torch.nan)
+    integers = torch.where(scales > 0, x / scales, 0.0).round().to(torch.int8)
+    return torch.cat((integers, scales.view(torch.int8)), -1)
+
+
+def dequantize_kv(packed: Tensor) -> Tensor:
+    """What `quantize_kv` made stands for: packed [..., K + 4] int8 -> [..., K] float32."""
+    # A copy begins where a float32 may.
+    scales = packed[..., -_KV_SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    return packed[..., :-_KV_SCALE_BYTES].float() * scales
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -276,6 +309,7 @@ def paged_attention(
     Shapes (T tokens this step, S sequences, H heads, K head dim, N blocks, P tokens per block):
         q                 [T, H, K]        float32
         k_cache, v_cache  [N, P, H, K]     float32, float16 or bfloat16; each token's [H, K] is contiguous
+                          [N, P, H, K + 4] int8, as `quantize_kv` packs heads; each token's [H, K + 4] is contiguous
         block_tables      [S, max_blocks]  int32, -1 past the end
         context_lens      [S]              int32, tokens, this step included
         query_starts      [S + 1]          int32, sequence s owns the rows query_starts[s] to query_starts[s + 1] of q
@@ -291,8 +325,7 @@ def paged_attention(
         rows = slice(starts[s], starts[s + 1])
         positions = torch.arange(length - (rows.stop - rows.start), length, device=q.device)
         blocks = block_tables[s, : -(-length // k_cache.shape[1])].long()
-        keys = k_cache[blocks].flatten(0, 1)[:length].float()
-        values = v_cache[blocks].flatten(0, 1)[:length].float()
+        keys, values = (_widened(cache[blocks].flatten(0, 1)[:length]) for cache in (k_cache, v_cache))
         visible = torch.arange(length, device=q.device) <= positions[:, None]
         if window is not None:
             visible &= torch.arange(length, device=q.device) > positions[:, None] - window
@@ -304,9 +337,11 @@ def paged_attention(
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Write each token's key and value into its slot of the cache, rounded to the nearest number of the cache's dtype.
 
+    An int8 cache gets what `quantize_kv` makes of them.
+
     Shapes (T tokens, H heads, K head dim, N blocks, P tokens per block):
         k, v              [T, H, K]     float32
-        k_cache, v_cache  [N, P, H, K]  float32, float16 or bfloat16; changed in place
+        k_cache, v_cache  [N, P, H, K]  float32, float16 or bfloat16, or int8 [N, P, H, K + 4]; changed in place
         slots             [T]           int64, block * P + offset; -1 skips the token
     Raises: KernelError if a dtype, a shape or a slot does not fit, or two tokens share a slot; nothing is written then.
     """
@@ -324,8 +359,13 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     twice = used[1:][used.diff() == 0].tolist()
     _check(not twice, f"slots holds {twice[:10]} more than once, expected a slot of its own for each token")
     block, offset = slots[kept] // k_cache.shape[1], slots[kept] % k_cache.shape[1]
-    k_cache[block, offset] = k[kept].to(k_cache.dtype)
-    v_cache[block, offset] = v[kept].to(v_cache.dtype)
+    for cache, x in ((k_cache, k[kept]), (v_cache, v[kept])):
+        cache[block, offset] = quantize_kv(x) if cache.dtype == torch.int8 else x.to(cache.dtype)
+
+
+def _widened(cache: Tensor) -> Tensor:
+    """Keys or values as a cache holds them -> [..., K] float32."""
+    return dequantize_kv(cache) if cache.dtype == torch.int8 else cache.float()
 
 
 def gelu_new_(x: Tensor) -> Tensor:
@@ -403,12 +443,14 @@ def _check_caches(x: Tensor, k_cache: Tensor, v_cache: Tensor, name: str) -> Non
     _check(min(x.shape[1:]) > 0, f"{name} is {_described(x)}, expected at least one head of at least one dim")
     for cache, its_name in ((k_cache, "k_cache"), (v_cache, "v_cache")):
         _check(
-            cache.dtype in (torch.float32, torch.float16, torch.bfloat16) and cache.dim() == 4 and cache.shape[1] > 0,
-            f"{its_name} is {_described(cache)}, expected float32, float16 or bfloat16 [N, P, H, K]",
+            cache.dtype in _KV_DTYPES and cache.dim() == 4 and cache.shape[1] > 0,
+            f"{its_name} is {_described(cache)}, expected float32, float16 or bfloat16 [N, P, H, K], "
+            "or int8 [N, P, H, K + 4]",
         )
+        dims = "head dim + 4" if cache.dtype == torch.int8 else "head dim"
         _check(
-            cache.shape[2:] == x.shape[1:],
-            f"{its_name} is {_described(cache)}, expected heads and head dim as in {name}, {_described(x)}",
+            cache.shape[2:] == (x.shape[1], kv_width(x.shape[2], cache.dtype)),
+            f"{its_name} is {_described(cache)}, expected heads and {dims} as in {name}, {_described(x)}",
         )
         _check(
             cache[:1, :1].is_contiguous() and all(cache.stride()),
