@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from bluejay.model import ModelConfig
+from bluejay.ops.reference import kv_width
 
 
 class KVCache:
@@ -15,17 +16,17 @@ class KVCache:
     block 0 [ k0 k1 … k15 ]   block 1 [ k16 k17 … ]      slot = block * block_size + offset
 
     Args:
-        dtype: float32, float16 or bfloat16.
+        dtype: float32, float16, bfloat16, or int8 with a scale for each head of each token.
 
     Attributes:
-        keys, values: for each layer [num_blocks, block_size, n_head, head_dim]. On the CPU memory is taken when it is
-            first written.
+        keys, values: for each layer [num_blocks, block_size, n_head, head_dim], of int8 [..., head_dim + 4]; see
+            `ops.reference`. On the CPU memory is taken when it is first written.
     """
 
     def __init__(
         self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (num_blocks, block_size, config.n_head, config.head_dim)
+        shape = (num_blocks, block_size, config.n_head, kv_width(config.head_dim, dtype))
         self.block_size = block_size
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
@@ -41,5 +42,5 @@ class KVCache:
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """What a token's keys and values take: 458,752 for GPT-J-6B in 16 bits."""
-    return 2 * config.n_layer * config.n_head * config.head_dim * dtype.itemsize
+    """What a token's keys and values take: 458,752 for GPT-J-6B in 16 bits, 232,960 as int8."""
+    return 2 * config.n_layer * config.n_head * kv_width(config.head_dim, dtype) * dtype.itemsize

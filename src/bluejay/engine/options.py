@@ -11,7 +11,12 @@ from bluejay.errors import ConfigError
 from bluejay.model import ModelConfig
 from bluejay.model.device import free_memory_bytes
 
-CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CACHE_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
 CACHE_SHARE = 0.5  # of what is free: the rest is for a step's activations, and for whoever else is on the machine
 
 
@@ -26,8 +31,8 @@ class EngineOptions:
             prompts are cut accordingly; 0 lets them be as long as `max_batch_tokens` says.
         cache_memory_bytes: of the keys and values; None: half of what is free, but not more than `max_num_sequences`
             whole contexts take.
-        cache_dtype: of keys and values: "float32", "float16", "bfloat16", or "auto": float16, and bfloat16 for a model
-            that computes in it.
+        cache_dtype: of keys and values: "float32", "float16", "bfloat16", "int8", which holds nearly twice as many
+            tokens as 16 bits and rounds them more, or "auto": float16, and bfloat16 for a model that computes in it.
         block_size: tokens in a block of the cache.
         prefix_cache: whether beginnings of prompts that were seen before are found in the cache.
 
