@@ -42,7 +42,10 @@ class ForwardBatch:
 
     @classmethod
     def of(cls, readings: Sequence[Reading], block_size: int, device: torch.device) -> ForwardBatch:
-        """Lay readings out one behind the other."""
+        """Lay readings out one behind the other.
+
+        Where several write the same slot, as draft models may that read what sequences share, the first one does.
+        """
         counts = np.array([len(reading.token_ids) for reading in readings])
         starts = np.array([reading.start for reading in readings])
         tables = np.full((len(readings), max(len(reading.block_table) for reading in readings)), -1, np.int32)
@@ -52,6 +55,11 @@ class ForwardBatch:
         rows = np.arange(len(readings)).repeat(counts)
         positions = np.arange(ends[-1]) + (starts - (ends - counts))[rows]
         slots = tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
+        _, first = np.unique(slots, return_index=True)
+        if len(first) < len(slots):
+            again = np.ones(len(slots), bool)
+            again[first] = False
+            slots[again] = -1
         input_ids = np.array([token for reading in readings for token in reading.token_ids], np.int64)
         query_starts = np.concatenate(([0], ends)).astype(np.int32)
         arrays = (input_ids, positions, tables, (starts + counts).astype(np.int32), query_starts, slots)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -29,8 +30,8 @@ from bluejay.engine.request import GenerationEvent, GenerationRequest, RequestOu
 from bluejay.engine.runner import Runner
 from bluejay.engine.scheduler import Schedule, Scheduler
 from bluejay.engine.sequence import Request, Sequence
-from bluejay.engine.speculation import NoSpeculation, Speculation
-from bluejay.errors import EngineError, InvalidRequest
+from bluejay.engine.speculation import ModelSpeculation, NgramSpeculation, NoSpeculation, Speculation
+from bluejay.errors import ConfigError, EngineError, InvalidRequest
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Engine:
     Args:
         network: the model, its tokenizer and its device.
         options: memory, limits.
-        speculation: how tokens are guessed ahead; None: not at all.
+        draft: how tokens are guessed ahead: "ngram", by what came before in the same text, or a smaller network with
+            the same tokens; None: not at all.
         clock: seconds, for `max_time` and for what `Usage` tells.
 
     Attributes:
@@ -80,7 +82,7 @@ class Engine:
         network: Network,
         options: EngineOptions | None = None,
         *,
-        speculation: Callable[[KVCache, BlockPool], Speculation] | None = None,
+        draft: Network | Literal["ngram"] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         options = options or EngineOptions()
@@ -98,7 +100,7 @@ class Engine:
             prefix_cache=options.prefix_cache,
         )
         self._answers = Answers(self._runner, self._scheduler, clock)
-        self._speculation = NoSpeculation() if speculation is None else speculation(self._runner.cache, self._pool)
+        self._speculation = self._speculate(draft, options)
         self._pacing = Pacing(options.max_stall)
         self._clock = clock
         self._requests: dict[int, Request] = {}
@@ -192,6 +194,20 @@ class Engine:
         """Check the books of blocks. Raises: AssertionError."""
         self._scheduler.check_integrity()
 
+    def _speculate(self, draft: Network | Literal["ngram"] | None, options: EngineOptions) -> Speculation:
+        if draft is None:
+            return NoSpeculation()
+        if draft == "ngram":
+            return NgramSpeculation()
+        config, pool, dtype = draft.model.config, self._pool, options.torch_cache_dtype(draft.dtype)
+        if config.n_positions < self.network.model.config.n_positions:
+            raise ConfigError(
+                f"the draft model's context has {config.n_positions} tokens, the model's "
+                f"{self.network.model.config.n_positions}; take one that can follow"
+            )
+        cache = KVCache(config, pool.num_blocks, pool.block_size, dtype, draft.device)
+        return ModelSpeculation(Runner(draft, cache), pool, self.network.model.config.vocab_size)
+
     def _events(self, requests: list[Request]) -> Iterator[GenerationEvent]:
         """Begin when somebody listens, and stop when nobody does."""
         places = {request.id: place for place, request in enumerate(requests)}
@@ -260,8 +276,9 @@ class Engine:
             [Reading(part.token_ids, part.start, part.sequence.block_table) for part in schedule.parts]
         )
         events = self._answers.decide(schedule, hidden)
-        self._speculation.learn(schedule)
-        self._pacing.learn(schedule, self._clock() - began)
+        seconds = self._clock() - began
+        self._speculation.learn(schedule, seconds)
+        self._pacing.learn(schedule, seconds)
         return events
 
     def _end_cancelled(self) -> list[GenerationEvent]:

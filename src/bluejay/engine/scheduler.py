@@ -293,6 +293,11 @@ class Scheduler:
 
 
 def _shared_tokens(sequences: Iterable[Sequence]) -> int:
-    """How many first tokens all have in common, short of each one's last."""
-    columns = zip(*(sequence.token_ids[:-1] for sequence in sequences), strict=False)
+    """How many first tokens all have in common and one may read for all: not each one's last, nor what it scores."""
+    columns = zip(*(sequence.token_ids[: _end_of_shared(sequence)] for sequence in sequences), strict=False)
     return sum(1 for _ in takewhile(lambda column: min(column) == max(column), columns))
+
+
+def _end_of_shared(sequence: Sequence) -> int:
+    last = sequence.num_tokens - 1
+    return last if sequence.first_unscored is None else min(last, sequence.first_unscored)
