@@ -21,7 +21,7 @@ from .requests import EXACT, assert_same, checked, mixed_request, said
 ENGINES = {
     "default": {},
     "short steps": {"max_batch_tokens": 24, "max_num_sequences": 6},
-    "short of blocks": {"cache_memory_bytes": 40 * 16 * 2 * 2 * 32 * 4},
+    "short of blocks": {"cache_memory_bytes": 28 * 16 * 2 * 2 * 32 * 4, "max_stall": 0},
     "no prefix cache": {"prefix_cache": False},
     "small blocks": {"block_size": 3, "max_stall": 0},
 }

@@ -40,6 +40,13 @@ def generate(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --file PROMPTS.jsonl: a JSON line for each of its lines; goes on where it was interrupted.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object for each prompt.", rich_help_panel=OUTPUT)
     ] = False,
@@ -119,6 +126,9 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16, int8, int4.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 0: all cores, one for a small model.")] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Guess ahead, for speed alone: ngram, auto, or a smaller model's name.")
+    ] = None,
 ) -> None:
     """Go on from one or several prompts.
 
@@ -135,12 +145,12 @@ def generate(
 
         echo "One day" | bluejay generate - --seed 1
 
-        bluejay generate --file prompts.jsonl --model ./gpt-j-6b --json
+        bluejay generate --file prompts.jsonl --model ./gpt-j-6b --output answers.jsonl
     """
     given = {name: value for name, value in locals().items() if value is not None}
-    rows = list(_rows(prompts or [], file))
+    rows = [] if output is not None else list(_rows(prompts or [], file))
     options = _parsed({name: given[name] for name in _option_names() if name in given})
-    if not as_json:
+    if not as_json and output is None:
         for where, asked in [("", options), *((row.where, row.options) for row in rows)]:
             if asked.get("logprobs") is not None or asked.get("prompt_logprobs") is not None:
                 raise InvalidRequest(f"{where}logprobs are printed with --json only", param="logprobs")
@@ -149,8 +159,18 @@ def generate(
 
     # Wrong options are said before a model is read, which may take minutes.
     for row in rows:
-        _check(row, options)
-    llm = open_llm(model, dtype=dtype, device=device, threads=threads, one_by_one=True)
+        check_options(row, options)
+    if output is not None:
+        from bluejay.cli.offline import answer_file
+
+        if prompts or file is None:
+            raise InvalidRequest(
+                f"--output {output} needs --file with a .jsonl file of prompts, and no others", "output"
+            )
+        opening = {"model": model, "dtype": dtype, "device": device, "threads": threads, "draft": draft}
+        answer_file(file, output, options, opening)
+        return
+    llm = open_llm(model, dtype=dtype, device=device, threads=threads, one_by_one=len(rows) == 1, draft=draft)
     defaults = generation_defaults(llm.path)
     params = [row.params(defaults, options) for row in rows]
     texts = [row.prompt for row in rows]
@@ -197,7 +217,7 @@ class Row:
             raise type(error)(f"{self.where}{error}", error.param) from None
 
 
-def _check(row: Row, options: dict[str, Any]) -> None:
+def check_options(row: Row, options: dict[str, Any]) -> None:
     """Refuse what is wrong with every model: whether to draw may be the model's recommendation."""
     try:
         row.params({"do_sample": True}, options)
@@ -256,24 +276,29 @@ def _read(file: Path) -> str:
 
 
 def _jsonl(text: str, file: Path) -> list[Row]:
-    rows, problems, known = [], [], set(_option_names())
+    rows, problems = [], []
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            options = json.loads(line)
-            prompt = options.pop("prompt")
-            if not isinstance(prompt, str):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, AttributeError):
-            problems.append(f'line {number} is not a JSON object with a string "prompt"')
-            continue
-        if unknown := sorted(options.keys() - known):
-            problems.append(f"line {number}: unknown option {', '.join(unknown)}")
-        rows.append(Row(prompt, options, f"{file}: line {number}: "))
+        if line.strip():
+            row, wrong = row_of(line, number, file)
+            problems += wrong
+            rows += [] if row is None else [row]
     if problems or not rows:
         raise InvalidRequest(f"{file}: " + ("; ".join(problems) or "holds no prompt"), param="file")
     return rows
+
+
+def row_of(line: str, number: int, file: Path) -> tuple[Row | None, list[str]]:
+    """A line of a .jsonl file, and what is wrong with it."""
+    try:
+        options = json.loads(line)
+        prompt = options.pop("prompt")
+        if not isinstance(prompt, str):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None, [f'line {number} is not a JSON object with a string "prompt"']
+    unknown = sorted(options.keys() - set(_option_names()))
+    problems = [f"line {number}: unknown option {', '.join(unknown)}"] if unknown else []
+    return Row(prompt, options, f"{file}: line {number}: "), problems
 
 
 def generation_defaults(path: Path) -> dict[str, Any]:
@@ -322,7 +347,7 @@ def _print_outputs(
         outputs = llm.generate(prompts, params)
     for output in outputs:
         if as_json:
-            typer.echo(json.dumps(_as_dict(llm, output), ensure_ascii=False))
+            typer.echo(json.dumps(as_dict(llm, output), ensure_ascii=False))
             continue
         for number, sequence in enumerate(output.sequences, 1):
             if len(output.sequences) > 1:
@@ -343,7 +368,8 @@ def _named(number: int, prompt: str) -> str:
     return f"prompt {number} ({prompt if len(prompt) <= 40 else prompt[:39] + '…'!r})"
 
 
-def _as_dict(llm: LLM, output: RequestOutput) -> dict[str, Any]:
+def as_dict(llm: LLM, output: RequestOutput) -> dict[str, Any]:
+    """An output as --json and --output write it."""
     found: dict[str, Any] = {
         "model": llm.name,
         "prompt": output.prompt,

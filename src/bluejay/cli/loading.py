@@ -21,11 +21,13 @@ def open_llm(
     device: str | None = None,
     threads: int | None = None,
     one_by_one: bool = False,
+    draft: str | None = None,
 ) -> LLM:
     """Open the model that flags, environment or settings file name; shows how far the weights are.
 
     Args:
         one_by_one: tokens will be read singly; a small model on the CPU then gets one thread, if nobody says otherwise.
+        draft: as `LLM`.
     """
     settings = load_settings({"model": model, "dtype": dtype, "device": device, "threads": threads})
     from rich.console import Console
@@ -45,7 +47,7 @@ def open_llm(
         def show(done: int, total: int) -> None:
             status.update(f"{label}: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
-        llm = LLM(settings.model, dtype=settings.dtype, device=settings.device, on_progress=show)
+        llm = LLM(settings.model, dtype=settings.dtype, device=settings.device, on_progress=show, draft=draft)
     small = one_by_one and num_parameters(llm.config) < SMALL_MODEL_PARAMETERS and llm.device.type == "cpu"
     if is_quantized(llm.model):  # PyTorch has one thread now, the kernels have their own
         ops.set_num_threads(settings.threads or (1 if small else ops.num_threads()))

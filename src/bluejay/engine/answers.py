@@ -70,6 +70,12 @@ class Answers:
             return []
         return self._go_on(ready, self._runner.logits(hidden, rows))
 
+    def decide_all(self, schedule: Schedule, logits: Tensor) -> list[GenerationEvent]:
+        """Go on from a step that only decodes: a row of logits [parts, V] for each part."""
+        for part in schedule.parts:
+            self._scheduler.computed(part.sequence, 1)
+        return self._go_on([(part, row) for row, part in enumerate(schedule.parts)], logits)
+
     def end(self, request: Request, reason: FinishReason, error: str | None = None) -> list[GenerationEvent]:
         """End all answers of a request that have not ended by themselves."""
         if request.status != Status.FINISHED:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+TABLE_STEP = 16  # blocks: a table of another width ends a recorded step
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -40,6 +42,11 @@ class ForwardBatch:
     query_starts: Tensor
     slots: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What attention is told; the tokens and their positions are the model's."""
+        return (self.block_tables, self.context_lens, self.query_starts, self.slots)
+
     @classmethod
     def of(cls, readings: Sequence[Reading], block_size: int, device: torch.device) -> ForwardBatch:
         """Lay readings out one behind the other.
@@ -48,7 +55,8 @@ class ForwardBatch:
         """
         counts = np.array([len(reading.token_ids) for reading in readings])
         starts = np.array([reading.start for reading in readings])
-        tables = np.full((len(readings), max(len(reading.block_table) for reading in readings)), -1, np.int32)
+        longest = max(len(reading.block_table) for reading in readings)
+        tables = np.full((len(readings), -(-longest // TABLE_STEP) * TABLE_STEP), -1, np.int32)
         for row, reading in enumerate(readings):
             tables[row, : len(reading.block_table)] = reading.block_table
         ends = counts.cumsum()

@@ -272,10 +272,11 @@ class Engine:
                 part.sequence.request.started_s = began
         self._runner.cache.copy(schedule.copies)
         self._speculation.draft(schedule)
-        hidden = self._runner.forward(
-            [Reading(part.token_ids, part.start, part.sequence.block_table) for part in schedule.parts]
-        )
-        events = self._answers.decide(schedule, hidden)
+        readings = [Reading(part.token_ids, part.start, part.sequence.block_table) for part in schedule.parts]
+        if schedule.only_decodes:
+            events = self._answers.decide_all(schedule, self._runner.decode(readings))
+        else:
+            events = self._answers.decide(schedule, self._runner.forward(readings))
         seconds = self._clock() - began
         self._speculation.learn(schedule, seconds)
         self._pacing.learn(schedule, seconds)

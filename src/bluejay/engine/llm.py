@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from bluejay.engine.network import Network
 from bluejay.engine.options import EngineOptions
 from bluejay.engine.request import GenerationEvent, GenerationRequest, RequestOutput, Score
 from bluejay.engine.scorer import Scorer
-from bluejay.errors import CheckpointError, ConfigError, InvalidRequest
+from bluejay.errors import BluejayError, CheckpointError, ConfigError, EngineError, InvalidRequest, RequestError
 from bluejay.model.device import available_memory_bytes, choose_device, choose_dtype
 from bluejay.model.gpt_neo import GPTNeo
 from bluejay.model.gptj import GPTJ
@@ -45,6 +45,9 @@ class LLM:
             those would wait for each other.
         on_progress: called with bytes read and bytes in all while weights load.
         options: how many requests run together, and how much memory their keys and values get.
+        draft: guess tokens ahead, which changes no text: "ngram", by what came before in it; a smaller model with the
+            same tokens, by path or name; "auto": the model's own draft, in the folder draft/ beside its weights, or
+            "ngram" where it has none. None: not at all.
 
     Attributes:
         engine: what runs the requests.
@@ -62,6 +65,7 @@ class LLM:
         device: str = "auto",
         on_progress: Progress | None = None,
         options: EngineOptions | None = None,
+        draft: str | Path | None = None,
     ) -> None:
         self.name = str(model) if model is not None else DEFAULT_MODEL
         self.path = hub.resolve(self.name)
@@ -74,8 +78,26 @@ class LLM:
                 f"{self.config.vocab_size} rows: they belong to different models"
             )
         network = Network(self.model, self.tokenizer, device=self.device, dtype=self.dtype)
-        self.engine = Engine(network, options)
+        self.engine = Engine(network, options, draft=self._open_draft(draft, dtype, device))
         self._scorer = Scorer(network)
+
+    def _open_draft(self, draft: str | Path | None, dtype: str, device: str) -> Network | Literal["ngram"] | None:
+        if draft == "auto":
+            own = self.path / "draft"
+            draft = own if own.is_dir() else "ngram"
+        if draft is None or draft == "ngram":
+            return None if draft is None else "ngram"
+        path = hub.resolve(str(draft))
+        tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
+        # GPT-J's tokenizer has some more ids than GPT-Neo's, which guesses for it all the same.
+        common = set(tokenizer.known_ids) & set(self.tokenizer.known_ids)
+        if not common or any(tokenizer.token_text(i) != self.tokenizer.token_text(i) for i in common):
+            raise ConfigError(
+                f"{draft}: the draft model has other tokens than {self.name}; take one that was trained with the same "
+                'tokenizer, or "ngram"'
+            )
+        model, draft_dtype, draft_device = _load(path, dtype, device, None)
+        return Network(model, tokenizer, device=draft_device, dtype=draft_dtype)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -95,6 +117,69 @@ class LLM:
         for output, text in zip(outputs, texts, strict=True):
             output.prompt = text if isinstance(text, str) else self.tokenizer.decode(output.prompt_token_ids)
         return outputs
+
+    def generate_each(
+        self, prompts: Iterable[tuple[Prompt, SamplingParams] | BluejayError], *, ahead: int = 256
+    ) -> Iterator[RequestOutput | BluejayError]:
+        """Go on from each prompt, of a file as long as it may be; yields one output for each, in their order.
+
+        Prompts are fetched as they are needed: at most `ahead` are on their way. What is wrong with one of them, or
+        went wrong, comes in its place and stops nobody else; an error among the prompts is passed on.
+        """
+        results: dict[int, RequestOutput | BluejayError] = {}
+        places: dict[int, int] = {}  # of requests on their way, by the engine's number
+        source, num_fetched, num_yielded, more = iter(prompts), 0, 0, True
+        try:
+            while more or num_yielded < num_fetched:
+                while more and num_fetched - num_yielded < ahead:
+                    if (item := next(source, None)) is None:
+                        more = False
+                        break
+                    self._begin(item, num_fetched, places, results)
+                    num_fetched += 1
+                for event in self.engine.step():
+                    self._note(event, places, results)
+                while num_yielded < num_fetched and num_yielded not in places.values():
+                    yield results.pop(num_yielded)
+                    num_yielded += 1
+        finally:
+            for number in places:
+                self.engine.cancel(number)
+
+    def _begin(
+        self,
+        item: tuple[Prompt, SamplingParams] | BluejayError,
+        place: int,
+        places: dict[int, int],
+        results: dict[int, RequestOutput | BluejayError],
+    ) -> None:
+        """Give the engine one prompt of many, or note why it does not take it."""
+        if isinstance(item, BluejayError):
+            results[place] = item
+            return
+        prompt, params = item
+        try:
+            request = GenerationRequest(self.encode(prompt), params)
+            places[self.engine.add(request)] = place
+        except RequestError as error:
+            results[place] = error
+            return
+        results[place] = output = RequestOutput.blank(request)
+        output.prompt = prompt if isinstance(prompt, str) else self.tokenizer.decode(output.prompt_token_ids)
+
+    def _note(
+        self, event: GenerationEvent, places: dict[int, int], results: dict[int, RequestOutput | BluejayError]
+    ) -> None:
+        """Add an event to its output; an output whose last event it was is no longer on its way."""
+        if (place := places.get(event.request)) is None:
+            return
+        output = results[place]
+        if event.error is not None:
+            results[place] = EngineError(event.error)
+        elif isinstance(output, RequestOutput):
+            output.add(event)
+        if event.usage is not None:
+            del places[event.request]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Yield the new text of one prompt as it comes, in pieces of whole characters.

@@ -27,6 +27,9 @@ class Network:
             it, events and outputs carry no text, and `stop` is refused.
         device: where the model is.
         dtype: what it computes in.
+
+    Attributes:
+        recordable: whether kernels alone compute a step, so that it can be recorded and repeated.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Network:
         self.device = torch.device(device)
         self.quantized = Quantization.of(model.config) is not None
         self.dtype = dtype
+        self.recordable = self.quantized
         self._forbidden = None if tokenizer is None else self._ids_without_token(tokenizer)
 
     def prepare(self, place: int, request: GenerationRequest) -> Continuation:

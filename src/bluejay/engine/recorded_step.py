@@ -7,16 +7,27 @@ int4: the weights stream through the caches and take their code along.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bluejay import ops
-from bluejay.engine.kernel_cache import KernelCache
-from bluejay.model import LanguageModel
+from bluejay.model import Attend, LanguageModel
 
 MOST_ROWS = 16  # a recording keeps all that its kernels wrote, 5 MB a row for GPT-J-6B, and more rows gain little
+
+
+class RecordingCache(Attend, Protocol):
+    """A cache that knows whether a recording still fits.
+
+    Attributes:
+        settled: whether this step's keys, values and tables lie where the last step's did.
+        recorded: a step that was recorded with them; None once one of them has moved.
+    """
+
+    settled: bool
+    recorded: object | None
 
 
 class RecordedStep:
@@ -28,7 +39,7 @@ class RecordedStep:
         calls: None if PyTorch computed something in between, which a recording would miss.
     """
 
-    def __init__(self, model: LanguageModel, inputs: tuple[Tensor, ...], cache: KernelCache) -> None:
+    def __init__(self, model: LanguageModel, inputs: tuple[Tensor, ...], cache: RecordingCache) -> None:
         self.inputs = inputs
         with ops.Recording() as calls, _Watched() as watched:
             self.logits = _logits(model, inputs, cache)
@@ -69,7 +80,7 @@ def _memory(values: tuple[Any, ...]) -> set[int]:
     return {value.untyped_storage().data_ptr() for value in values if isinstance(value, Tensor)}
 
 
-def decode(model: LanguageModel, input_ids: Tensor, positions: Tensor, cache: KernelCache) -> Tensor:
+def decode(model: LanguageModel, input_ids: Tensor, positions: Tensor, cache: RecordingCache) -> Tensor:
     """The logits behind one token of each row, [B, 1] -> [B, vocab_size]; `cache.begin` was called.
 
     Args:
@@ -89,7 +100,7 @@ def decode(model: LanguageModel, input_ids: Tensor, positions: Tensor, cache: Ke
     return step.logits.clone()
 
 
-def _logits(model: LanguageModel, inputs: tuple[Tensor, ...], cache: KernelCache) -> Tensor:
+def _logits(model: LanguageModel, inputs: tuple[Tensor, ...], cache: RecordingCache) -> Tensor:
     hidden: Tensor = _transformer(model).blocks(*inputs, cache)
     return model.logits(hidden[:, 0])
 

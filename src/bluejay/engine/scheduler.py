@@ -56,8 +56,15 @@ class Schedule:
     copies: list[tuple[int, int]]
 
     @property
-    def num_tokens(self) -> int:
-        return sum(part.num_tokens + len(part.drafts) for part in self.parts)
+    def only_decodes(self) -> bool:
+        """Whether each sequence reads its last token, and nothing else is wanted than what comes next."""
+        return all(
+            part.end == part.sequence.num_tokens
+            and part.num_tokens == 1
+            and not part.drafts
+            and part.sequence.first_unscored is None
+            for part in self.parts
+        )
 
 
 class Scheduler:

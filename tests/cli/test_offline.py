@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bluejay.cli import app
+from bluejay.engine import LLM
+from bluejay.errors import InvalidRequest
+
+OPTIONS = ["--max-new-tokens", "6", "--greedy", "--ignore-eos"]
+
+
+def answer(source: Path, output: Path, *options: str) -> list[dict]:
+    done = CliRunner().invoke(app, ["generate", "--file", str(source), "--output", str(output), *OPTIONS, *options])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": f"Once upon a time {number}"}) for number in range(12)]
+    lines[3] = "no json"
+    lines[5] = json.dumps({"prompt": "x", "temprature": 1})
+    lines[7] = json.dumps({"prompt": "x", "top_p": 7})
+    lines[8] = json.dumps({"prompt": "x " * 2000})
+    lines.insert(10, "")  # counts as a line of the file, and asks for nothing
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def test_a_line_out_for_each_line_in(source: Path, tmp_path: Path) -> None:
+    found = answer(source, tmp_path / "out.jsonl")
+    assert [line["line"] for line in found] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13]
+    errors = {line["line"]: line["error"] for line in found if "error" in line}
+    assert {number: error["type"] for number, error in errors.items()} == {
+        4: "InvalidRequest", 6: "InvalidRequest", 8: "InvalidRequest", 9: "ContextLengthExceeded",
+    }  # fmt: skip
+    assert errors[8]["param"] == "top_p"
+    assert "temprature" in errors[6]["message"]
+    llm = LLM()
+    for line in found:
+        if "error" not in line:
+            assert line["sequences"][0]["text"] == llm.generate(line["prompt"], _params())[0].text
+
+
+def _params():
+    from bluejay.decoding import SamplingParams
+
+    return SamplingParams(max_new_tokens=6, ignore_eos=True)
+
+
+def test_an_interrupted_file_is_gone_on_with(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    answer(source, output)
+    whole = output.read_bytes()
+    for kept in (0, 1, len(whole) // 2, len(whole) - 1, len(whole)):
+        output.write_bytes(whole[:kept])
+        answer(source, output)
+        assert output.read_bytes() == whole
+
+
+def test_another_files_answers_are_left_alone(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text('{"line": 1, "prompt": "something else", "sequences": []}\n')
+    with pytest.raises(InvalidRequest, match="line 1 does not answer"):
+        answer(source, output)
+    assert "something else" in output.read_text()
+
+
+@pytest.mark.parametrize("source_name", ["prompts.txt", "absent.jsonl"])
+def test_what_is_no_file_of_prompts_is_refused(tmp_path: Path, source_name: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"no \.jsonl file"):
+        answer(tmp_path / source_name, tmp_path / "out.jsonl")
+
+
+def test_prompts_are_not_overwritten(source: Path) -> None:
+    before = source.read_text()
+    with pytest.raises(InvalidRequest, match="itself"):
+        answer(source, source)
+    assert source.read_text() == before
+
+
+def test_output_needs_a_file(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["generate", "a prompt", "--output", str(tmp_path / "o.jsonl")])
+    assert isinstance(done.exception, InvalidRequest)
+
+
+def test_wrong_options_of_the_command_stop_it_at_once(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="top_p is 3"):
+        answer(source, tmp_path / "out.jsonl", "--do-sample", "--top-p", "3")
+    assert not (tmp_path / "out.jsonl").exists()
