@@ -1,8 +1,9 @@
 """Run Bluejay and its rivals side by side: `python -m benchmarks.compare` (or `make benchmarks`).
 
-Contests, each alternating in one run: `models` (with CTranslate2 int8, the yardstick), `openvino`, `floats` (rivals
-with float weights), `matrix` (one product). Each writes docs/benchmarks/cpu-rivals-CONTEST.json, and the page and the
-chart are drawn anew out of all of them. See benchmarks/README.md.
+Contests, each alternating in one run: `models` (with CTranslate2 int8, the yardstick), `engine` (many requests at
+once), `openvino`, `floats` (rivals with float weights), `matrix` (one product). Each writes
+docs/benchmarks/cpu-rivals-CONTEST.json, and the page and the chart are drawn anew out of all of
+them. See benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ MODEL_TASKS = [
     ),
     Task("prefill, 512 tokens", "prefill", {"tokens": 512}),
 ]
+BATCH_TASKS = [Task("16 requests of 32 + 64, 1024 tokens", "generate", {"batch": 16, "prompt": PROMPT, "new": 64})]
 MATRIX_TASKS = [Task(f"M={rows}", "multiply", {"rows": rows}) for rows in (1, 4, 8, 16, 32, 128, 512)]
 
 
@@ -49,6 +51,10 @@ def entries(contest: str, threads: int) -> list[Entry]:
     return {
         "models": [
             *bluejay,
+            model("CTranslate2 int8", CTRANSLATE2, "ctranslate2_model", "int8"),
+        ],
+        "engine": [
+            model("Bluejay int8", BLUEJAY, "bluejay_engine", "int8"),
             model("CTranslate2 int8", CTRANSLATE2, "ctranslate2_model", "int8"),
         ],
         "openvino": [
@@ -91,7 +97,7 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     for contest in asked.contests:
         among = [entry for entry in entries(contest, asked.threads) if _matches(entry.name, asked.only)]
-        all_tasks = MATRIX_TASKS if contest == "matrix" else MODEL_TASKS
+        all_tasks = {"matrix": MATRIX_TASKS, "engine": BATCH_TASKS}.get(contest, MODEL_TASKS)
         tasks = [task for task in all_tasks if _matches(task.name, asked.tasks)]
         file = asked.out / f"cpu-rivals-{contest}.json"
         about = {"command": _command(contest, asked), **describe()}

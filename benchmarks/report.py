@@ -16,7 +16,7 @@ from benchmarks.contest import QUIET
 from benchmarks.contestants.matrix import GROUP_SIZE, INPUTS, OUTPUTS
 from benchmarks.shape import Shape
 
-CONTESTS = ["models", "openvino", "floats", "matrix"]
+CONTESTS = ["models", "engine", "openvino", "floats", "matrix"]
 YARDSTICK, LINK = "CTranslate2 int8", "Bluejay int8"
 # What Bluejay set out to reach: times as fast as the yardstick.
 GOALS = {
@@ -64,6 +64,11 @@ def _page(found: dict[str, Found]) -> Iterable[str]:
         yield _model_table(found["models"])
         yield _goals(found["models"])
         yield _provenance(found["models"])
+    if "engine" in found:
+        yield "## Many requests at once"
+        yield "Sixteen requests that come together, from the first call to the last token, prompts included."
+        yield _model_table(found["engine"])
+        yield _provenance(found["engine"])
     if "openvino" in found:
         yield "## OpenVINO"
         yield _model_table(found["openvino"])

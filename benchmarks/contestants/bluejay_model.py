@@ -16,6 +16,7 @@ from benchmarks.shape import Shape
 
 import bluejay
 from bluejay import SamplingParams, ops
+from bluejay.engine.engine import Engine
 from bluejay.engine.plain import PlainEngine
 from bluejay.engine.request import GenerationRequest
 from bluejay.model.config import PRESETS
@@ -31,9 +32,8 @@ class Contestant:
         self.shape = Shape(n_layer=n_layer)
 
     def prepare(self) -> Answer:
-        torch.set_num_threads(
-            1
-        )  # as LLM does for quantised models: its threads and the kernels' would wait for each other
+        # As LLM does for quantised models: its threads and the kernels' would wait for each other.
+        torch.set_num_threads(1)
         ops.set_num_threads(self.threads)
         self.model = random_quantized(replace(PRESETS["gpt-j-6b"], n_layer=self.shape.n_layer), self.bits)
         for key, value in vars(self.shape).items():
@@ -53,12 +53,18 @@ class Contestant:
     def prefill(self, tokens: int) -> Answer:
         return {"seconds": self._generate(1, tokens, 1)}
 
+    def generate(self, batch: int, prompt: int, new: int) -> Answer:
+        return {"seconds": self._generate(batch, prompt, new)}
+
+    def _engine(self, batch: int) -> PlainEngine | Engine:
+        return PlainEngine(self.model, max_rows=batch)
+
     def _generate(self, batch: int, prompt: int, new: int) -> float:
         """Seconds for `new` tokens behind each of `batch` random prompts; the end token does not stop."""
         params = SamplingParams(max_new_tokens=new, ignore_eos=True)
         tokens = range(self.shape.vocab_size)
         requests = [GenerationRequest(random.choices(tokens, k=prompt), params) for _ in range(batch)]
-        engine = PlainEngine(self.model, max_rows=batch)
+        engine = self._engine(batch)
         start = time.perf_counter()
         num_tokens = sum(len(event.token_ids) for event in engine.stream(requests))
         seconds = time.perf_counter() - start
@@ -69,4 +75,4 @@ class Contestant:
 
 if __name__ == "__main__":
     contestant = Contestant(**arguments())
-    serve({"prepare": contestant.prepare, "decode": contestant.decode, "prefill": contestant.prefill})
+    serve({name: getattr(contestant, name) for name in ("prepare", "decode", "prefill", "generate")})
