@@ -9,23 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bluejay.decoding.logprobs import TokenLogprobs as TokenLogprobs
 from bluejay.decoding.params import SamplingParams
 from bluejay.decoding.processors import Processor, process_rows
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """What the model thought of one token, before any option changed it.
-
-    Attributes:
-        token_id: the token.
-        logprob: its natural log-probability.
-        top: ids and log-probabilities of the likeliest tokens, likeliest first, as many as were asked for.
-    """
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

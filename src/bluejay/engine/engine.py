@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -31,34 +31,8 @@ from bluejay.engine.runner import Runner
 from bluejay.engine.scheduler import Schedule, Scheduler
 from bluejay.engine.sequence import Request, Sequence
 from bluejay.engine.speculation import ModelSpeculation, NgramSpeculation, NoSpeculation, Speculation
+from bluejay.engine.statistics import Statistics
 from bluejay.errors import ConfigError, EngineError, InvalidRequest
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What an engine is at, and what it has done since it was made.
-
-    Attributes:
-        running, waiting: requests.
-        num_blocks, held_blocks, cached_blocks: of the cache; held by sequences, remembered for prompts to come.
-        steps: forward passes.
-        prompt_tokens, cached_tokens: of requests that began, and how many of them were found in the cache.
-        generated_tokens, drafted_tokens, accepted_tokens: chosen; guessed by speculation; guessed rightly.
-        preemptions: requests that had to give their blocks away and to begin again.
-    """
-
-    running: int
-    waiting: int
-    num_blocks: int
-    held_blocks: int
-    cached_blocks: int
-    steps: int
-    prompt_tokens: int
-    cached_tokens: int
-    generated_tokens: int
-    drafted_tokens: int
-    accepted_tokens: int
-    preemptions: int
 
 
 class Engine:

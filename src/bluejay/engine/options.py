@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from bluejay.engine.kv_cache import bytes_per_token
 from bluejay.errors import ConfigError
-from bluejay.model import ModelConfig
-from bluejay.model.device import free_memory_bytes
 
-CACHE_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-}
+if TYPE_CHECKING:  # a server holds options and does without torch: what asks for it below imports it
+    import torch
+
+    from bluejay.model import ModelConfig
+
+CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8")  # PyTorch's names
 CACHE_SHARE = 0.5  # of what is free: the rest is for a step's activations, and for whoever else is on the machine
 
 
@@ -64,12 +60,18 @@ class EngineOptions:
 
     def torch_cache_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """The dtype of keys and values of a model that computes in `model_dtype`."""
+        import torch
+
         if self.cache_dtype == "auto":
             return torch.bfloat16 if model_dtype == torch.bfloat16 else torch.float16
-        return CACHE_DTYPES[self.cache_dtype]
+        dtype: torch.dtype = getattr(torch, self.cache_dtype)
+        return dtype
 
     def num_blocks(self, config: ModelConfig, cache_dtype: torch.dtype, device: torch.device) -> int:
         """The blocks that fit into the memory budget. Raises: ConfigError if not one does."""
+        from bluejay.engine.kv_cache import bytes_per_token
+        from bluejay.model.device import free_memory_bytes
+
         block_bytes = self.block_size * bytes_per_token(config, cache_dtype)
         budget = self.cache_memory_bytes
         if budget is None:

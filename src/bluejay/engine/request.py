@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from bluejay.decoding.logprobs import TokenLogprobs
 from bluejay.decoding.params import SamplingParams
-from bluejay.decoding.sampler import TokenLogprobs
 from bluejay.decoding.stopping import FinishReason
 
 __all__ = ["FinishReason", "GenerationEvent", "GenerationRequest", "RequestOutput", "Score", "SequenceOutput", "Usage"]
