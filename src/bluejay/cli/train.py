@@ -33,7 +33,7 @@ def train(
 
         bluejay train recipes/default.toml --resume
     """
-    from bluejay.cli.loading import set_torch_threads
+    from bluejay.engine.threads import set_torch_threads
     from bluejay.errors import ConfigError
     from bluejay.model.device import choose_device
     from bluejay.settings import load_settings
