@@ -27,7 +27,7 @@ from bluejay.engine.statistics import Statistics
 from bluejay.errors import BluejayError, EngineError, Overloaded, RequestError
 
 PROTOCOL_VERSION = 1  # of the messages below, and of every dataclass in them
-MAX_FRAME_BYTES = 64 * 2**20  # four million token ids; a length beyond it is no message of ours
+MAX_FRAME_BYTES = 16 * 2**20  # a million token ids; understanding such a one keeps the server's loop for a second
 HEADER = struct.Struct(">I")
 
 Read = Callable[[Any], Any]
