@@ -9,6 +9,7 @@ Nothing here imports torch before the reader runs: that takes seconds, and who w
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -144,6 +145,7 @@ class Worker:
         asked = self._inbox.get()
         if not isinstance(asked, Open):
             raise ProtocolError(f"the second message is {type(asked).__name__}, expected Open")
+        gc.disable()  # what torch makes when imported stays for good: looking through it took a tenth of the start
         from bluejay.engine.llm import LLM
         from bluejay.engine.threads import set_model_threads, set_torch_threads
 
@@ -156,6 +158,8 @@ class Worker:
             on_progress=lambda done, total: self._connection.send(Progress(done, total)),
         )
         set_model_threads(llm, asked.threads, one_by_one=True)
+        gc.freeze()  # nor is it looked through between steps
+        gc.enable()
         config = llm.config
         facts = Facts(llm.name, config.n_positions, config.vocab_size, llm.engine.num_cache_tokens, os.getpid())
         self._connection.send(Ready(facts))
