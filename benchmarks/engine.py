@@ -36,7 +36,7 @@ from bluejay.engine.batch import Reading
 from bluejay.engine.engine import Engine
 from bluejay.engine.kv_cache import KVCache, bytes_per_token
 from bluejay.engine.network import Network
-from bluejay.engine.options import CACHE_DTYPES, EngineOptions
+from bluejay.engine.options import EngineOptions
 from bluejay.engine.plain import PlainEngine
 from bluejay.engine.request import GenerationRequest
 from bluejay.engine.runner import Runner
@@ -242,8 +242,8 @@ def cache(rounds: int) -> Found:
             num_bytes += len(llm.tokenizer.decode(output.prompt_token_ids[1:]).encode())
         found[dtype] = {
             "bits_per_byte": nats / num_bytes / math.log(2),
-            "bytes_per_token": bytes_per_token(llm.config, CACHE_DTYPES[dtype]),
-            "gpt_j_6b_bytes_per_token": bytes_per_token(PRESETS["gpt-j-6b"], CACHE_DTYPES[dtype]),
+            "bytes_per_token": bytes_per_token(llm.config, getattr(torch, dtype)),
+            "gpt_j_6b_bytes_per_token": bytes_per_token(PRESETS["gpt-j-6b"], getattr(torch, dtype)),
         }
     return found
 
