@@ -29,13 +29,13 @@ def test_every_dtype_has_its_size_here():
 
 @pytest.mark.parametrize(("name", "num_bytes"), [("float32", 917_504), ("float16", 458_752), ("int8", 232_960)])
 def test_a_token_of_gpt_j_6b(name, num_bytes):
-    assert bytes_per_token(PRESETS["gpt-j-6b"], CACHE_DTYPES[name]) == num_bytes
+    assert bytes_per_token(PRESETS["gpt-j-6b"], getattr(torch, name)) == num_bytes
 
 
 @pytest.mark.parametrize("name", TOKEN_BYTES)
 def test_a_budget_is_cut_into_whole_blocks(tiny_gptj, name):
     options = EngineOptions(cache_dtype=name, block_size=8, cache_memory_bytes=3 * 8 * TOKEN_BYTES[name] - 1)
-    assert options.num_blocks(tiny_gptj.config, CACHE_DTYPES[name], CPU) == 2
+    assert options.num_blocks(tiny_gptj.config, getattr(torch, name), CPU) == 2
 
 
 @pytest.mark.parametrize("name", TOKEN_BYTES)
@@ -50,7 +50,7 @@ def test_a_budget_is_cut_into_whole_blocks(tiny_gptj, name):
     ],
 )
 def test_blocks_are_copied_all_at_once(tiny_gptj, name, pairs):
-    cache = KVCache(tiny_gptj.config, 5, 8, CACHE_DTYPES[name], CPU)
+    cache = KVCache(tiny_gptj.config, 5, 8, getattr(torch, name), CPU)
     tensors = [*cache.keys, *cache.values]
     for place, tensor in enumerate(tensors):
         tensor.copy_(torch.arange(5).view(5, 1, 1, 1) + 10 * place)
