@@ -588,6 +588,4 @@ def test_fifty_faults_under_load(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, own in (("SIGKILL", times[::2]), ("SIGSTOP", times[1::2])):
         print(f"{kind}: ended after at most {max(own)[0]:.2f} s, ready after at most {max(t for _, t in own):.2f} s")
     assert max(ended_s for ended_s, _ in times) < 2
-    ready = sorted(ready_s for _, ready_s in times)
-    assert ready[len(ready) // 2] < 5
-    assert ready[-1] < 10  # 3.5 s where nothing else runs: what else does makes the import of torch so much longer
+    assert max(ready_s for _, ready_s in times) < 5

@@ -104,14 +104,22 @@ OPTIONS = _all(
     max_batch_tokens=WHOLE,
     max_stall=st.just(0.0) | st.floats(1, 1e300, exclude_min=True),
     cache_memory_bytes=st.none() | WHOLE,
-    cache_dtype=st.sampled_from(["auto", "float32", "float16", "bfloat16"]),
+    cache_dtype=st.sampled_from(["auto", "float32", "float16", "bfloat16", "int8"]),
     block_size=WHOLE,
     prefix_cache=st.booleans(),
 )
 FAULTS = _all(Fault, name=TEXTS, message=TEXTS, param=st.none() | TEXTS, retry_after_s=st.none() | st.floats(0, 1e9))
 MESSAGES: dict[str, st.SearchStrategy[Any]] = {
     "Hello": _all(messages.Hello, version=COUNTS),
-    "Open": _all(messages.Open, model=st.none() | TEXTS, dtype=TEXTS, device=TEXTS, threads=COUNTS, options=OPTIONS),
+    "Open": _all(
+        messages.Open,
+        model=st.none() | TEXTS,
+        dtype=TEXTS,
+        device=TEXTS,
+        threads=COUNTS,
+        options=OPTIONS,
+        draft=st.none() | TEXTS,
+    ),
     "Generate": _all(messages.Generate, number=COUNTS, request=REQUESTS),
     "Cancel": _all(messages.Cancel, number=COUNTS),
     "Count": _all(messages.Count, number=COUNTS),
@@ -223,7 +231,7 @@ def test_each_field_must_be_there(event: GenerationEvent, name: str) -> None:
 
 
 def test_options_that_this_version_refuses_are_named() -> None:
-    frame = pack(messages.Open(None, "auto", "auto", 0, EngineOptions()))
+    frame = pack(messages.Open(None, "auto", "auto", 0, EngineOptions(), None))
     body = msgpack.unpackb(frame[HEADER_BYTES:])
     body[1]["options"]["block_size"] = 0
     with pytest.raises(ProtocolError, match="EngineOptions: block_size is 0"):

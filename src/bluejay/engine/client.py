@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from array import array
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -79,10 +80,11 @@ class State:
 class EngineClient:
     """An engine in a process of its own. Belongs to the asyncio loop in which it is started; `close` ends it.
 
+    A second process stands by, with torch imported and no model, to take the first one's place within a second.
     Where the system can (Linux), the process also ends with the thread that runs this loop.
 
     Args:
-        model, dtype, device, options: as `LLM` takes them.
+        model, dtype, device, options, draft: as `LLM` takes them.
         threads: CPU threads; 0 is as many as are good.
         heartbeat_timeout_s: a worker that is silent for so long counts as dead; it speaks each 0.25 s.
         step_timeout_s: so does one whose step lasts longer.
@@ -101,12 +103,14 @@ class EngineClient:
         device: str = "auto",
         threads: int = 0,
         options: EngineOptions | None = None,
+        draft: str | Path | None = None,
         heartbeat_timeout_s: float = 1.5,
         step_timeout_s: float = 120.0,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         name = None if model is None else str(model)
-        self._open = Open(name, dtype, device, threads, options or EngineOptions())
+        guess = None if draft is None else str(draft)
+        self._open = Open(name, dtype, device, threads, options or EngineOptions(), guess)
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._step_timeout_s = step_timeout_s
         self._on_progress = on_progress
@@ -114,6 +118,7 @@ class EngineClient:
         self.facts: Facts | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._worker: WorkerProcess | None = None  # only while it is ready
+        self._standby: asyncio.Task[WorkerProcess] | None = None
         self._asked: dict[int, _Stream | _Question] = {}
         self._num_asked = 0
         self._ready_s = 0.0  # when the last worker was ready, by time.monotonic(), as all times here
@@ -225,6 +230,8 @@ class EngineClient:
             if not ready.done():
                 ready.set_exception(Stopped("the engine was closed while it started"))
             raise
+        finally:
+            await self._end_standby()
 
     def _delay_after(self, delay_s: float, began_s: float) -> float:
         """How long to wait behind a worker's end, where it was `delay_s` before that worker."""
@@ -239,7 +246,8 @@ class EngineClient:
         self.state = replace(self.state, phase=Phase.STARTING, reason=self.state.reason if ready.done() else "")
         worker = None
         try:
-            worker = await WorkerProcess.start(max_silence_s=LOADING_SILENCE_S)
+            worker = await self._next_worker()
+            worker.listen(LOADING_SILENCE_S)
             worker.send(self._open)
             self.state = replace(self.state, phase=Phase.LOADING)
             while True:
@@ -247,6 +255,7 @@ class EngineClient:
                 self._take(worker, message)
                 if isinstance(message, Ready):
                     self._start_took_s = self._ready_s - began_s
+                    self._standby = asyncio.create_task(WorkerProcess.start(max_silence_s=math.inf))
                     with suppress(asyncio.InvalidStateError):  # of a restart, or nobody waits for it any more
                         ready.set_result(None)
         except asyncio.CancelledError:
@@ -259,6 +268,24 @@ class EngineClient:
         finally:
             if worker is not None:
                 await worker.end()
+
+    async def _next_worker(self) -> WorkerProcess:
+        """The process that stands by, with torch imported; a new one if there is none, or it has ended."""
+        standby, self._standby = self._standby, None
+        if standby is not None:
+            with suppress(EngineError):
+                worker = await standby
+                if worker.lives:
+                    return worker
+                await worker.end()
+        return await WorkerProcess.start(max_silence_s=LOADING_SILENCE_S)
+
+    async def _end_standby(self) -> None:
+        standby, self._standby = self._standby, None
+        if standby is not None:
+            standby.cancel()
+            with suppress(EngineError, asyncio.CancelledError):
+                await (await standby).end()
 
     def _take(self, worker: WorkerProcess, message: Message) -> None:
         match message:

@@ -53,6 +53,7 @@ class Open:
     device: str
     threads: int
     options: EngineOptions
+    draft: str | None
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,7 @@ class Worker:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._opened = threading.Event()
         self._step_began_s: float | None = None
         self._numbers: dict[int, int] = {}  # the client's number of a request -> the engine's
         self._names: dict[int, int] = {}  # and back
@@ -128,13 +129,15 @@ class Worker:
         try:
             while True:
                 self._inbox.put(self._connection.receive())
+                self._opened.set()
         except EOFError:
             _leave(0)
         except Exception as error:
             self._fail(error)
 
     def _beat(self) -> None:
-        """Tell that the process lives, in a thread of its own."""
+        """Tell that the process lives, in a thread of its own; nobody listens to one that only stands by."""
+        self._opened.wait()
         while True:
             began_s = self._step_began_s
             self._connection.send(Beat(0.0 if began_s is None else time.monotonic() - began_s))
@@ -142,19 +145,21 @@ class Worker:
 
     def _open(self) -> LLM:
         """Load what the first message names, and tell how far that is."""
-        asked = self._inbox.get()
-        if not isinstance(asked, Open):
-            raise ProtocolError(f"the second message is {type(asked).__name__}, expected Open")
         gc.disable()  # what torch makes when imported stays for good: looking through it took a tenth of the start
+        # Before it is known what to open: a worker that stands by has the longest part of its start behind it.
         from bluejay.engine.llm import LLM
         from bluejay.engine.threads import set_model_threads, set_torch_threads
 
+        asked = self._inbox.get()
+        if not isinstance(asked, Open):
+            raise ProtocolError(f"the second message is {type(asked).__name__}, expected Open")
         set_torch_threads(asked.threads)
         llm = LLM(
             asked.model,
             dtype=asked.dtype,
             device=asked.device,
             options=asked.options,
+            draft=asked.draft,
             on_progress=lambda done, total: self._connection.send(Progress(done, total)),
         )
         set_model_threads(llm, asked.threads, one_by_one=True)

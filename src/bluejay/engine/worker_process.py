@@ -70,6 +70,15 @@ class WorkerProcess:
         return self._process.pid
 
     @property
+    def lives(self) -> bool:
+        """Whether the process runs and is connected, as far as is known."""
+        return self._process.poll() is None and not self._writer.transport.is_closing()
+
+    def listen(self, max_silence_s: float) -> None:
+        """Begin to count the silence of a worker that has stood by."""
+        self._heard_s, self.max_silence_s = time.monotonic(), max_silence_s
+
+    @property
     def silent_s(self) -> float:
         """Seconds since the last message, less those in which this process did not listen."""
         return time.monotonic() - self._heard_s
