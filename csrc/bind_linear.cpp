@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "linear.h"
+#include "linear_float.h"
 #include "record.h"
 
 namespace nb = nanobind;
@@ -17,6 +18,7 @@ namespace {
 using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Output = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using Packed = nb::ndarray<const uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using FloatTiles = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Scales = nb::ndarray<nb::ro, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 std::string text(int64_t value) { return std::to_string(value); }
@@ -65,9 +67,35 @@ void checked_linear(int bits, Output out, Floats x, Packed weight, Scales scales
     submit([args] { linear(args); });
 }
 
+// The same with float32 weights; see linear_float.h for how they lie.
+void checked_linear_float32(Output out, Floats x, FloatTiles weight, std::optional<Floats> bias) {
+    BLUEJAY_CHECK(x.ndim() >= 1 && out.ndim() == x.ndim(), "out and x must have the same number of dims, at least one");
+    const auto in_features = static_cast<int64_t>(x.shape(x.ndim() - 1));
+    const auto out_features = static_cast<int64_t>(out.shape(out.ndim() - 1));
+    BLUEJAY_CHECK(in_features > 0 && out_features > 0, "x and out must have features in their last dim");
+    const auto rows = static_cast<int64_t>(x.size()) / in_features;
+    BLUEJAY_CHECK(static_cast<int64_t>(out.size()) == rows * out_features, "out must have the rows of x");
+
+    const auto tiles = static_cast<int64_t>(weight.shape(0));
+    BLUEJAY_CHECK(weight.shape(2) == kFloatTile, "weight must be [tiles, inputs, 16], its last dim is " + text(weight.shape(2)));
+    BLUEJAY_CHECK(tiles == (out_features + kFloatTile - 1) / kFloatTile,
+            "weight has " + text(tiles) + " tiles of 16 outputs, which are not those of out_features " + text(out_features));
+    BLUEJAY_CHECK(static_cast<int64_t>(weight.shape(1)) == in_features,
+            "x has " + text(in_features) + " features, weight is for " + text(weight.shape(1)));
+    if (bias) {
+        BLUEJAY_CHECK(bias->ndim() == 1 && static_cast<int64_t>(bias->shape(0)) == out_features,
+                "bias must be [" + text(out_features) + "]");
+    }
+
+    const FloatArgs args{x.data(), rows, in_features, weight.data(), bias ? bias->data() : nullptr, out.data(), out_features};
+    submit([args] { linear_float32(args); });
+}
+
 }  // namespace
 
 void bind_linear(nb::module_& m) {
+    m.def("linear_float32", &checked_linear_float32, nb::arg("out").noconvert(), nb::arg("x").noconvert(),
+          nb::arg("weight").noconvert(), nb::arg("bias").noconvert().none());
     m.def("linear", &checked_linear, nb::arg("bits"), nb::arg("out").noconvert(), nb::arg("x").noconvert(),
           nb::arg("weight").noconvert(), nb::arg("scales").noconvert(), nb::arg("bias").noconvert().none());
 }

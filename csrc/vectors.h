@@ -40,7 +40,8 @@ BLUEJAY_INLINE T load(const void* from) {
 
 BLUEJAY_INLINE void store(void* to, Vec v) { memcpy(to, &v, sizeof(v)); }
 
-BLUEJAY_INLINE Vec splat(float x) { return Vec{} + x; }
+// Minus zero, which changes no number: plus zero would change -0, so that compilers really add.
+BLUEJAY_INLINE Vec splat(float x) { return x - Vec{}; }
 
 // a * b + c, rounded once where the processor can.
 BLUEJAY_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {

@@ -119,6 +119,12 @@ def linear_int4(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, 
     return multiply(x, weight, scales, bias, out_features=out_features)
 
 
+def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None, *, out_features: int) -> Tensor:
+    """Multiply with packed float32 weights: x [..., K] float32, bias [N] float32 -> [..., N] float32."""
+    multiply = native.linear_float32 if _is_native(x) else reference.linear_float32
+    return multiply(x, weight, bias, out_features=out_features)
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,

@@ -60,15 +60,29 @@ def linear_int4(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, 
     return _linear(4, x, weight, scales, bias, out_features)
 
 
+def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None, *, out_features: int) -> Tensor:
+    """As `reference.linear_float32`."""
+    x, out = _rows_and_room(x, out_features)
+    weight, bias = _plain(weight, "weight"), None if bias is None else _plain(bias, "bias")
+    _call(extension().linear_float32, out, x, weight, bias)
+    return out
+
+
 def _linear(bits: int, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    x, out = _rows_and_room(x, out_features)
+    _call(extension().linear, bits, out, x, weight, scales, bias)
+    return out
+
+
+def _rows_and_room(x: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
+    """What a linear layer reads, as the kernels want it, and where it writes to."""
     x = _plain(x, "x").resolve_neg().contiguous()
     if out_features < 1:
         raise KernelError(f"out_features is {out_features}, expected at least 1")
     out = torch.empty(*x.shape[:-1], out_features, dtype=torch.float32, device="cpu")
     if out.nbytes >= 2 * HUGE_PAGE:  # a prompt's: fresh from the system each time
         prefer_huge_pages(out)
-    _call(extension().linear, bits, out, x, weight, scales, bias)
-    return out
+    return x, out
 
 
 def paged_attention(

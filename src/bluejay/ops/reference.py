@@ -13,6 +13,10 @@ bytes of 4 inputs of all 16 outputs lie together, as the kernels read them; with
     int4 weight  uint8   [tiles, K/8, 64]    low nibble: output b//4, input 8j + b%4; high nibble: input 4 further
     scales       float16 [tiles, K/group_size, 16]
 
+Floats may be packed too, into tiles of 16 outputs and all their inputs:
+
+    float32 weight  [tiles, K, 16]   the 16 outputs of one input side by side; zeros past the last output
+
 Activations become integers on the fly, with a scale for each row and each 32 inputs. With 8-bit weights it is such
 that of four inputs that are summed in 16 bits, which is what makes AVX2 fast, those of one sign add up to 180 at most,
 182 when rounded: the weights being unsigned, 180 * 182 = 32,760 is the largest sum that may come about.
@@ -261,6 +265,44 @@ def _linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, out_
         )
         out[..., first:last] = rounded @ exact.t()
     return out if bias is None else out + bias
+
+
+def pack_float32(weight: Tensor) -> Tensor:
+    """Lay floats out as `linear_float32` reads them: weight [N, K] float32 -> [tiles, K, 16]; see the module's text."""
+    N, K = weight.shape
+    return F.pad(weight, (0, 0, 0, -N % TILE)).view(-1, TILE, K).transpose(1, 2).contiguous()
+
+
+def unpack_float32(weight: Tensor, *, out_features: int) -> Tensor:
+    """Undo `pack_float32`: [out_features, K]."""
+    return weight.transpose(1, 2).flatten(0, 1)[:out_features]
+
+
+def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None, *, out_features: int) -> Tensor:
+    """Multiply with packed float32 weights: x [..., K] float32, bias [N] float32 -> [..., N] float32.
+
+    Each row's result depends on that row alone. Raises: KernelError for shapes and dtypes that do not fit.
+    """
+    _check(
+        weight.dtype == torch.float32 and weight.dim() == 3 and weight.shape[2] == TILE,
+        f"weight is {_described(weight)}, expected float32 [tiles, inputs, {TILE}]",
+    )
+    _check(
+        x.dtype == torch.float32 and x.dim() > 0 and x.shape[-1] == weight.shape[1] > 0,
+        f"x is {_described(x)}, the weights ask for float32 with {weight.shape[1]} features",
+    )
+    _check(
+        0 < out_features <= weight.shape[0] * TILE < out_features + TILE,
+        f"out_features is {out_features}, the weights have {weight.shape[0]} tiles of {TILE}",
+    )
+    _check(
+        bias is None or (bias.dtype == torch.float32 and bias.shape == (out_features,)),
+        f"bias is {bias if bias is None else _described(bias)}, expected float32 [{out_features}]",
+    )
+    plain = unpack_float32(weight, out_features=out_features)
+    # In float64 the order of the sums, which may change with the number of rows, is not seen: all but always.
+    out = F.linear(x.double(), plain.double(), None if bias is None else bias.double())
+    return out.float()
 
 
 def kv_width(head_dim: int, dtype: torch.dtype) -> int:
