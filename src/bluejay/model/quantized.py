@@ -21,7 +21,8 @@ from bluejay.errors import ConfigError
 from bluejay.model.config import ModelConfig
 from bluejay.model.gpt_neo import GPTNeo
 from bluejay.model.gptj import GPTJ
-from bluejay.model.layers import ACTIVATION, Embedding, Head, Linear, rotate
+from bluejay.model.kernels import elementwise_by_kernels
+from bluejay.model.layers import Embedding, Head, Linear
 from bluejay.model.registry import build
 from bluejay.ops import reference
 from bluejay.ops.memory import prefer_huge_pages
@@ -185,14 +186,6 @@ class WidenedEmbedding(Embedding):
         return super().forward(input).float()
 
 
-class KernelLayerNorm(nn.LayerNorm):
-    """A LayerNorm by the kernels, float32."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Shapes: input [..., n_embd] -> [..., n_embd]."""
-        return ops.layer_norm(input, self.weight, self.bias, self.eps)
-
-
 def is_quantized(model: nn.Module) -> bool:
     """Whether any layer of a network is quantised."""
     return any(isinstance(module, _Packed) for module in model.modules())
@@ -254,7 +247,7 @@ def build_quantized(
             has_bias = old.bias is not None
             model.set_submodule(name, _empty(old, in_features, out_features, quantization, has_bias, "meta"))
     _widen_embeddings(model)
-    _work_by_kernels(model)
+    elementwise_by_kernels(model)
     model.config = with_quantization(config, quantization)
     if device != "meta":
         model = model.to_empty(device=device)
@@ -281,25 +274,6 @@ def _widen_embeddings(model: GPTJ | GPTNeo) -> None:
             new = WidenedEmbedding(old.num_embeddings, old.embedding_dim, device="meta")
             new.weight = old.weight
             model.set_submodule(name, new)
-
-
-def _work_by_kernels(model: GPTJ | GPTNeo) -> None:
-    """Let what lies between the linear layers run on the kernels' threads: PyTorch has one, and took a tenth.
-
-    With gelu_new, which both families have, a step of decoding is then nothing but kernels, which can be recorded.
-    """
-    for name, module in list(model.named_modules()):
-        given: Any = module  # a network's type knows nothing of its modules'
-        if getattr(module, "activation", None) is ACTIVATION["gelu_new"]:
-            given.activation = ops.gelu_new_
-        if getattr(module, "rotate", None) is rotate:
-            given.rotate = ops.rotate_
-        if getattr(module, "add", None) is torch.add:
-            given.add = ops.add_
-        if isinstance(module, nn.LayerNorm):
-            norm = KernelLayerNorm(module.normalized_shape, module.eps, device="meta")
-            norm.weight, norm.bias = module.weight, module.bias
-            model.set_submodule(name, norm)
 
 
 def stored_embedding(weight: Tensor) -> Tensor:
@@ -351,7 +325,7 @@ def quantize(
         elif isinstance(module, nn.Embedding):
             module.weight = nn.Parameter(stored_embedding(module.weight.detach()))
     _widen_embeddings(model)
-    _work_by_kernels(model)
+    elementwise_by_kernels(model)
     model.config = with_quantization(model.config, quantization)
     return model.requires_grad_(False).eval()
 
