@@ -31,6 +31,7 @@ import torch
 from benchmarks.contest import ROOT
 from benchmarks.machine import describe
 
+import bluejay
 from bluejay import LLM, SamplingParams, ops
 from bluejay.engine.batch import Reading
 from bluejay.engine.engine import Engine
@@ -52,14 +53,17 @@ Found = dict[str, Any]
 
 def trace(rounds: int) -> Found:
     """The default model, the first 64 rows of the trace; lengths scaled so that the longest fits into the context."""
+    threads = torch.get_num_threads()
     llm = LLM()
     requests = _trace_requests(llm.config.n_positions, llm.config.vocab_size)
-    plain = PlainEngine(LLM().model, llm.tokenizer, cache_dtype=torch.float16)
+    plain = PlainEngine(bluejay.load(), llm.tokenizer, cache_dtype=torch.float16)
 
     def one_by_one() -> list[list[int]]:
+        torch.set_num_threads(threads)
         return [plain.generate([request])[0].token_ids for request in requests]
 
     def together() -> list[list[int]]:
+        torch.set_num_threads(1)  # as LLM does: the kernels have threads of their own
         return [output.token_ids for output in Engine(llm.engine.network).generate(requests)]
 
     differing = sum(one != other for one, other in zip(one_by_one(), together(), strict=True))

@@ -24,6 +24,7 @@ from bluejay.errors import BluejayError, CheckpointError, ConfigError, EngineErr
 from bluejay.model.device import available_memory_bytes, choose_device, choose_dtype
 from bluejay.model.gpt_neo import GPTNeo
 from bluejay.model.gptj import GPTJ
+from bluejay.model.kernels import work_by_kernels, works_by_kernels
 from bluejay.model.quantized import QUANTIZED_DTYPES, Quantization
 from bluejay.tokenizer import load_tokenizer
 
@@ -52,7 +53,8 @@ class LLM:
     Attributes:
         engine: what runs the requests.
         name, path: what was asked for, and the directory it was found in.
-        config, tokenizer, model, device, dtype: what was opened.
+        config, tokenizer, model, device, dtype: what was opened. The network only serves; `bluejay.load` opens one with
+            Hugging Face's `state_dict()`.
 
     Raises: ModelNotFound, CheckpointError, ConfigError.
     """
@@ -69,7 +71,7 @@ class LLM:
     ) -> None:
         self.name = str(model) if model is not None else DEFAULT_MODEL
         self.path = hub.resolve(self.name)
-        self.model, self.dtype, self.device = _load(self.path, dtype, device, on_progress)
+        self.model, self.dtype, self.device = _load_to_serve(self.path, dtype, device, on_progress)
         self.config = self.model.config
         self.tokenizer = load_tokenizer(self.path if self.path.is_dir() else self.path.parent)
         if self.tokenizer.vocab_size > self.config.vocab_size:
@@ -96,7 +98,7 @@ class LLM:
                 f"{draft}: the draft model has other tokens than {self.name}; take one that was trained with the same "
                 'tokenizer, or "ngram"'
             )
-        model, draft_dtype, draft_device = _load(path, dtype, device, None)
+        model, draft_dtype, draft_device = _load_to_serve(path, dtype, device, None)
         return Network(model, tokenizer, device=draft_device, dtype=draft_dtype)
 
     def generate(
@@ -261,6 +263,16 @@ def load(
     """
     path = hub.resolve(str(model) if model is not None else DEFAULT_MODEL)
     return _load(path, dtype, device, None, trainable=trainable)[0]
+
+
+def _load_to_serve(
+    path: Path, dtype: str, device: str, on_progress: Progress | None
+) -> tuple[GPTJ | GPTNeo, torch.dtype, torch.device]:
+    """As `_load`; a network of float32 on the CPU then works by our kernels, where there are some."""
+    model, loaded_dtype, loaded_device = _load(path, dtype, device, on_progress)
+    if works_by_kernels(work_by_kernels(model)):
+        torch.set_num_threads(1)
+    return model, loaded_dtype, loaded_device
 
 
 def _load(

@@ -14,6 +14,7 @@ from bluejay.engine.continuation import Continuation
 from bluejay.engine.request import GenerationRequest
 from bluejay.errors import InvalidRequest, UnsupportedOption
 from bluejay.model import LanguageModel
+from bluejay.model.kernels import works_by_kernels
 from bluejay.model.quantized import Quantization
 from bluejay.tokenizer import Tokenizer
 
@@ -29,7 +30,7 @@ class Network:
         dtype: what it computes in.
 
     Attributes:
-        recordable: whether kernels alone compute a step, so that it can be recorded and repeated.
+        by_kernels: whether kernels alone compute a step, so that it can be recorded and repeated.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Network:
         self.device = torch.device(device)
         self.quantized = Quantization.of(model.config) is not None
         self.dtype = dtype
-        self.recordable = self.quantized
+        self.by_kernels = self.quantized or works_by_kernels(model)
         self._forbidden = None if tokenizer is None else self._ids_without_token(tokenizer)
 
     def prepare(self, place: int, request: GenerationRequest) -> Continuation:

@@ -36,7 +36,7 @@ class Runner:
 
         What kernels alone compute is recorded and repeated, without Python in between.
         """
-        if not self.network.recordable:
+        if not self.network.by_kernels:
             return self.network.logits(self.forward(readings))
         batch = self._begin(readings)
         ids, positions = batch.input_ids[:, None], batch.positions[:, None]

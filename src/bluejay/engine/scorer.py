@@ -87,7 +87,7 @@ class Scorer:
     def _hidden_states(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensor]]:
         """Each text's place and last hidden states, [its tokens, n_embd]; texts of like length run together."""
         by_length = sorted(range(len(texts)), key=lambda place: len(texts[place]))
-        attend = KernelAttention() if self._network.quantized else CausalAttention()
+        attend = KernelAttention() if self._network.by_kernels else CausalAttention()
         for first in range(0, len(texts), self._max_rows):
             places = by_length[first : first + self._max_rows]
             hidden = self._network.model(*padded([texts[place] for place in places], self._network.device), attend)

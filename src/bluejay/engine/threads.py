@@ -8,7 +8,6 @@ import torch
 
 from bluejay import ops
 from bluejay.model import num_parameters
-from bluejay.model.quantized import is_quantized
 from bluejay.ops.threads import processors
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def set_model_threads(llm: LLM, setting: int, *, one_by_one: bool) -> None:
         one_by_one: tokens will be read singly, or a few at a time; a small model on the CPU then gets one thread.
     """
     small = one_by_one and num_parameters(llm.config) < SMALL_MODEL_PARAMETERS and llm.device.type == "cpu"
-    if is_quantized(llm.model):  # PyTorch has one thread now, the kernels have their own
+    if llm.engine.network.by_kernels:  # PyTorch has one thread now, the kernels have their own
         ops.set_num_threads(setting or (1 if small else ops.num_threads()))
     elif small and not setting:
         torch.set_num_threads(1)

@@ -89,6 +89,11 @@ def work_by_kernels(model: GPTJ | GPTNeo) -> GPTJ | GPTNeo:
     return model.requires_grad_(False)
 
 
+def works_by_kernels(model: object) -> bool:
+    """Whether `work_by_kernels` has changed a network."""
+    return isinstance(getattr(model, "lm_head", None), KernelHead)
+
+
 def _is_for_kernels(model: GPTJ | GPTNeo) -> bool:
     kinds = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()}
     has_kernel = model.config.activation_function == "gelu_new"
