@@ -260,7 +260,7 @@ def test_nothing_runs_for_whom_nobody_listens(tiny_gptj) -> None:
 
 
 def test_a_failing_model_ends_requests_and_not_the_engine(tiny_gptj) -> None:
-    engine = checked(tiny_gptj)
+    engine = checked(tiny_gptj, max_stall=0)
     forward = engine._runner.forward
     engine.add(greedy([1, 2], max_new_tokens=30))
     engine.step()
@@ -306,14 +306,13 @@ def test_steps_are_paced_by_the_watch(tiny_gptj) -> None:
     engine.add(greedy([1], max_new_tokens=120))
     for _ in range(20):
         engine.step()
-    for start in range(4):
-        engine.add(greedy([start, *range(90)]))
-    while engine.statistics().waiting or engine.statistics().running > 4:
+    engine.add(greedy(list(range(100))))
+    while engine.statistics().running < 2 or engine.statistics().prompt_tokens < 101 or chunks[-1]:
         engine.step()
-        if len(chunks) > 60:
-            break
-    assert max(chunks[25:40]) <= 11
-    assert min(chunks[25:40]) >= 8
+    read = [chunk for chunk in chunks if chunk]
+    assert sum(read) == 100
+    # The first has nothing to go by; the last one takes what is left.
+    assert set(read[1:-1]) <= {9, 10, 11}
 
 
 def test_options_are_checked_all_at_once() -> None:

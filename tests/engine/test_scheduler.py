@@ -55,9 +55,18 @@ def test_prompts_are_read_in_chunks_and_decoding_comes_first() -> None:
 def test_chunks_are_short_while_somebody_waits_for_a_token() -> None:
     books = scheduler()
     books.add(request(0, list(range(10))))
-    assert step(books, max_prefill_tokens=3) == [(0, 0, 10)]  # nobody decodes
+    told = []
+
+    def at_most(num_reading: int, num_decoding: int) -> int | None:
+        told.append((num_reading, num_decoding))
+        return 3 if num_decoding else None
+
+    assert step(books, max_prefill_tokens=at_most) == [(0, 0, 10)]
     books.add(request(1, list(range(20, 30))))
-    assert step(books, max_prefill_tokens=3) == [(0, 10, 1), (1, 0, 3)]
+    books.add(request(2, list(range(40, 50))))
+    assert step(books, max_prefill_tokens=at_most) == [(0, 10, 1), (1, 0, 3)]
+    assert step(books, max_prefill_tokens=at_most) == [(0, 11, 1), (1, 3, 3)]
+    assert told == [(1, 0), (2, 1), (2, 1)]
 
 
 def test_blocks_are_taken_as_tokens_come() -> None:

@@ -6,7 +6,8 @@ from bluejay.engine.scheduler import Schedule
 
 FIRST_CHUNK = 32  # tokens, before anything has been measured
 LEAST_CHUNK = 8  # tokens: whatever the watch says, a prompt gets on
-WEIGHT = 0.2  # of the latest step in the averages: some ten steps are remembered
+WEIGHT = 0.3  # of the latest step in the averages: some six are remembered
+LOOK_EVERY = 32  # steps: so often one without prompts is timed, where there would be none
 
 
 class Pacing:
@@ -20,21 +21,34 @@ class Pacing:
         self._max_stall = max_stall
         self._decode_s: float | None = None
         self._token_s: float | None = None
+        self._num_unseen = LOOK_EVERY  # steps since one without prompts
 
-    @property
-    def max_prefill_tokens(self) -> int | None:
-        """Tokens of prompts that a step may read while sequences decode; None if any number."""
-        if self._max_stall == 0:
+    def max_prefill_tokens(self, num_reading: int, num_decoding: int) -> int | None:
+        """Tokens of prompts that a step may read; None if any number.
+
+        Who waits for the first token waits as much as who waits for the next one: where more requests wait for theirs
+        than sequences decode, these get as many times less of the machine.
+
+        Args:
+            num_reading: requests whose prompts are not yet read.
+            num_decoding: sequences that are decoding.
+        """
+        if self._max_stall == 0 or num_decoding == 0:
             return None
+        if self._num_unseen >= LOOK_EVERY:
+            return 0
         if not self._decode_s or not self._token_s:  # a clock may stand still
             return FIRST_CHUNK
-        return max(LEAST_CHUNK, int((self._max_stall - 1) * self._decode_s / self._token_s))
+        share = max(1.0, num_reading / num_decoding)
+        return max(LEAST_CHUNK, int(share * (self._max_stall - 1) * self._decode_s / self._token_s))
 
     def learn(self, schedule: Schedule, seconds: float) -> None:
         """Note how long a step took."""
         num_read = sum(part.num_tokens for part in schedule.parts if part.num_tokens > 1)
         num_decoding = sum(part.num_tokens == 1 for part in schedule.parts)
+        self._num_unseen += num_decoding > 0
         if num_read == 0:
+            self._num_unseen = 0
             self._decode_s = _average(self._decode_s, seconds)
         elif num_decoding == 0:
             # What any step costs is not the tokens' fault, but nothing is there yet to take it off.

@@ -98,13 +98,14 @@ class Scheduler:
     def schedule(
         self,
         *,
-        max_prefill_tokens: int | None = None,
+        max_prefill_tokens: Callable[[int, int], int | None] = lambda num_reading, num_decoding: None,
         num_drafts: Callable[[Sequence, int], int] = lambda sequence, num_decoding: 0,
     ) -> Schedule:
         """Choose the next step's tokens and find blocks for them.
 
         Args:
-            max_prefill_tokens: of prompts, where sequences are decoding that must not wait; None is no limit.
+            max_prefill_tokens: told how many requests have prompts to read and how many sequences decode, the tokens of
+                prompts that these may wait for; None is no limit.
             num_drafts: told a sequence that decodes and how many do, how many tokens to guess.
         """
         self._parts, self._copies = {}, []
@@ -117,8 +118,9 @@ class Scheduler:
             if part.sequence.first_unscored is None and part.sequence in self._parts:
                 self._take_drafts(part, num_drafts(part.sequence, len(decoding)))
         budget = self._max_batch_tokens - sum(part.num_tokens + part.num_drafts for part in self._parts.values())
-        if max_prefill_tokens is not None and decoding:
-            budget = min(budget, max_prefill_tokens)
+        num_reading = len(self.waiting) + sum(any(s.num_pending > 1 for s in r.sequences) for r in self.running)
+        if (most := max_prefill_tokens(num_reading, len(decoding))) is not None:
+            budget = min(budget, most)
         for request in list(self.running):
             for sequence in self._readers(request):
                 if budget > 0 and sequence.num_pending > 1 and sequence not in self._parts:
