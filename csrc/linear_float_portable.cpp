@@ -4,6 +4,6 @@
 
 namespace bluejay {
 
-const FloatKernels linear_float_portable = {multiply_float};
+const FloatKernels linear_float_portable = {multiply_float, kPartRows};
 
 }  // namespace bluejay
