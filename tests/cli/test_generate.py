@@ -241,7 +241,7 @@ def test_perplexity_checks_before_it_loads(model_dir: Path, tmp_path: Path, monk
 
 def test_a_small_model_generates_with_one_thread_unless_told(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("torch.set_num_threads", asked.append)
+    monkeypatch.setattr("bluejay.ops.set_num_threads", asked.append)  # PyTorch has one beside the kernels' anyway
     _run(model_dir, "the fox", *GREEDY)
     assert asked == [1]
     _run(model_dir, "the fox", *GREEDY, "--threads", "2")
