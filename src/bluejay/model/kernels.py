@@ -6,6 +6,9 @@ by, and a step of decoding that is nothing but kernels can be recorded and repea
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from bluejay.model.layers import ACTIVATION, Head, Linear, rotate
 from bluejay.ops import reference
 from bluejay.ops.memory import prefer_huge_pages
 
-_PACKED_AT_ONCE = 2**20  # weights; the copies of so many fit beside the model
+PACKED_AT_ONCE = 2**20  # weights; the copies of so many fit beside the model
 
 
 class _PackedFloats(nn.Module):
@@ -120,11 +123,43 @@ def elementwise_by_kernels(model: GPTJ | GPTNeo) -> None:
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """`reference.pack_float32` into huge pages, and with little memory besides: weight [N, K] -> [tiles, K, 16]."""
+    """`reference.pack_float32` into huge pages, on all of the pool's threads: weight [N, K] -> [tiles, K, 16]."""
     N, K = weight.shape
     packed = prefer_huge_pages(torch.empty(-(-N // reference.TILE), K, reference.TILE))
-    at_once = max(1, _PACKED_AT_ONCE // K // reference.TILE)
-    for tile in range(0, len(packed), at_once):
+    at_once = max(1, PACKED_AT_ONCE // K // reference.TILE)
+
+    def pack(tile: int) -> None:
         rows = weight[tile * reference.TILE : (tile + at_once) * reference.TILE]
         packed[tile : tile + at_once] = reference.pack_float32(rows)
+
+    in_parts(pack, len(packed), at_once)
     return packed
+
+
+def in_parts(work: Callable[[int], None], count: int, at_once: int) -> None:
+    """Call work(first) for each part of `count`, `at_once` long, on all of the pool's threads."""
+    firsts = range(0, count, at_once)
+    inference = torch.is_inference_mode_enabled()  # which each thread has for itself
+
+    def work_as_here(first: int) -> None:
+        with torch.inference_mode(inference):
+            work(first)
+
+    with _one_torch_thread():
+        if len(firsts) == 1:
+            work(0)
+            return
+        with ThreadPoolExecutor(ops.num_threads()) as threads:
+            for _ in threads.map(work_as_here, firsts):
+                pass
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Operators of a few thousand numbers are slower with several threads, and here each has a thread already."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

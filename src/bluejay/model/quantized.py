@@ -8,8 +8,6 @@ keep 16 bits and are widened row by row, and the network computes in float32 on 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -21,7 +19,7 @@ from bluejay.errors import ConfigError
 from bluejay.model.config import ModelConfig
 from bluejay.model.gpt_neo import GPTNeo
 from bluejay.model.gptj import GPTJ
-from bluejay.model.kernels import elementwise_by_kernels
+from bluejay.model.kernels import PACKED_AT_ONCE, elementwise_by_kernels, in_parts
 from bluejay.model.layers import Embedding, Head, Linear
 from bluejay.model.registry import build
 from bluejay.ops import reference
@@ -31,7 +29,6 @@ QUANTIZED_DTYPES = {"int8": 8, "int4": 4}
 CONFIG_KEY = "quantization_config"
 WEIGHT, SCALES = ".weight", ".scales"
 _METHOD, _VERSION = "bluejay", 2
-_PACKED_AT_ONCE = 2**20  # weights; the copies of so many fit beside the model
 
 
 @dataclass(frozen=True)
@@ -373,7 +370,7 @@ def pack_weight(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Ten
     packed = prefer_huge_pages(torch.empty(quantization.weight_shape(N, K), dtype=torch.uint8))
     scales = prefer_huge_pages(torch.empty(quantization.scales_shape(N, K), dtype=torch.float16))
     rounded = reference.quantize_int8 if quantization.bits == 8 else reference.quantize_int4
-    at_once = max(1, _PACKED_AT_ONCE // K // reference.TILE)
+    at_once = max(1, PACKED_AT_ONCE // K // reference.TILE)
 
     def pack(tile: int) -> None:
         rows = weight[tile * reference.TILE : (tile + at_once) * reference.TILE]
@@ -382,9 +379,7 @@ def pack_weight(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Ten
         )
         packed[tile : tile + at_once], scales[tile : tile + at_once] = found
 
-    with _one_torch_thread(), ThreadPoolExecutor(ops.num_threads()) as threads:
-        for _ in threads.map(pack, range(0, packed.shape[0], at_once)):
-            pass
+    in_parts(pack, packed.shape[0], at_once)
     return packed, scales
 
 
@@ -393,7 +388,7 @@ def unpack_weight(
 ) -> Tensor:
     """The weights that a layer's integers stand for, [out_features, in_features] float32; holds little besides."""
     out = torch.empty(out_features, in_features)
-    at_once = max(1, _PACKED_AT_ONCE // in_features // reference.TILE)
+    at_once = max(1, PACKED_AT_ONCE // in_features // reference.TILE)
     for tile in range(0, weight.shape[0], at_once):
         rows = out[tile * reference.TILE : (tile + at_once) * reference.TILE]
         rows[:] = reference.dequantize(
@@ -404,14 +399,3 @@ def unpack_weight(
             in_features=in_features,
         )
     return out
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Operators of a few thousand numbers are slower with several threads, and here each has a thread already."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
