@@ -5,7 +5,7 @@ from __future__ import annotations
 from bluejay.engine.scheduler import Schedule
 
 FIRST_CHUNK = 32  # tokens, before anything has been measured
-LEAST_CHUNK = 8  # tokens: whatever the watch says, a prompt gets on
+LEAST_CHUNK = 4  # tokens: whatever the watch says, a prompt gets on
 WEIGHT = 0.3  # of the latest step in the averages: some six are remembered
 LOOK_EVERY = 32  # steps: so often one without prompts is timed, where there would be none
 
