@@ -204,6 +204,20 @@ def speculation(rounds: int) -> Found:
             "acceptance": statistics.accepted_tokens / max(1, statistics.drafted_tokens),
             "drafted": statistics.drafted_tokens,
         }
+    network = _gptj()
+    prompt = GenerationRequest([*range(100, 130), *range(100, 130)], SamplingParams(max_new_tokens=64, ignore_eos=True))
+    plainly, guessing = Engine(network), Engine(network, draft="ngram")
+    without_s, with_s = _alternate(
+        max(2, rounds // 2), partial(_one_by_one, plainly, [prompt]), partial(_one_by_one, guessing, [prompt])
+    )
+    statistics = guessing.statistics()
+    found["ngram_gptj_shape"] = {
+        "without_s": without_s,
+        "with_s": with_s,
+        "ratio": _ratio(without_s, with_s),
+        "acceptance": statistics.accepted_tokens / max(1, statistics.drafted_tokens),
+        "drafted": statistics.drafted_tokens,
+    }
     return found
 
 
@@ -285,6 +299,38 @@ MEASURES: dict[str, Callable[[int], Found]] = {
 }
 
 
+def page(found: Found) -> str:
+    """docs/benchmarks/engine.md: what was measured, beside its goal and its command."""
+    lines = [
+        "# The engine's figures",
+        "*Written by `python -m benchmarks.engine`; do not edit. Readings of every round: [engine.json](engine.json). Sides "
+        "alternate in one run; ratios are medians of the rounds' ratios, on a machine that others use too.*",
+    ]
+    for name, own in found.items():
+        machine = own["machine"]
+        where = f"{machine['processor']}, {machine['cores']} cores, commit {own['commit']}, {own['date']}"
+        table = [
+            "| | |",
+            "|---|---|",
+            f"| what | {own['what']} |",
+            *([f"| goal | {own['goal']} |"] if "goal" in own else []),
+        ]
+        table += [f"| {key} | {_cell(value)} |" for key, value in own.items() if key not in _ABOUT]
+        lines += [f"## {name}", "\n".join(table), f"`{own['command']}`: {where}."]
+    return "\n\n".join(lines) + "\n"
+
+
+_ABOUT = ("what", "goal", "command", "date", "commit", "changed_files", "machine", "threads")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(one)}" for key, one in value.items())
+    if isinstance(value, list):
+        return f"{median(value):.4g} ({min(value):.4g} to {max(value):.4g})"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def main() -> None:
     """Run the measures that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -298,6 +344,7 @@ def main() -> None:
         command = f"python -m benchmarks.engine {name} --rounds {asked.rounds}"
         found[name] = {"command": command, **describe(), "threads": ops.num_threads(), **MEASURES[name](asked.rounds)}
         file.write_text(json.dumps(found, indent=1) + "\n")
+        (asked.out / "engine.md").write_text(page(found))
         print(name, json.dumps({key: value for key, value in found[name].items() if key != "machine"}, indent=1))
 
 

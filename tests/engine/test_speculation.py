@@ -126,7 +126,7 @@ def test_guesses_are_as_many_as_pay(tiny_gptj) -> None:
 
     def lengths(acceptance: float, step_s: float, draft_s: float) -> Lengths:
         made = Lengths()
-        made._step_s, made._draft_s, made._num_steps = {1: (9, step_s), 9: (9, step_s)}, draft_s, 1
+        made._step_s, made._draft_s, made._num_steps = {1: [step_s] * 9, 9: [step_s] * 9}, draft_s, 1
         made._records[sequence] = speculation._Record(acceptance)
         return made
 
@@ -154,8 +154,8 @@ def test_acceptance_and_costs_are_learned(tiny_gptj, make_model) -> None:
     engine.add(GenerationRequest([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True)))
     while engine.has_work:
         engine.step()
-    assert engine.statistics().accepted_tokens > 75
-    assert engine.statistics().steps < 30
+    assert engine.statistics().accepted_tokens > 70
+    assert engine.statistics().steps < 32
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ Source: Leviathan et al. 2023 (arXiv:2211.17192); the shared randomness in place
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -35,7 +37,7 @@ FIRST_ACCEPTANCE = 0.7  # of a guess, before any was checked
 FIRST_COST = 0.1  # of a guess, in steps of its own, before any was timed
 WEIGHT = 0.1  # of the latest step in the averages
 PROBE_EVERY = 32  # steps: what does not pay now may pay later in the text, and the other way round
-TIMED_FIRST = 2  # steps without guesses, to know what these are measured by
+TIMED_FIRST = 6  # steps without guesses, to know what these are measured by; the first two are not yet recorded
 CATCH_UP_TOKENS = 256  # that the draft model reads in a step of what it has not yet seen: no stream waits for more
 
 
@@ -81,18 +83,19 @@ class Lengths:
 
     def __init__(self) -> None:
         self._records: WeakKeyDictionary[Sequence, _Record] = WeakKeyDictionary()
-        # Of a step without guesses, by the number of sequences: how often it was timed, and how long it took.
-        self._step_s: dict[int, tuple[int, float]] = {}
+        # Of the latest steps without guesses, by the number of sequences.
+        self._step_s: dict[int, deque[float]] = {}
         self._draft_s: float | None = None  # more for each guess
         self._num_steps = 0
 
     def best(self, sequence: Sequence, num_decoding: int) -> int:
         """The number of guesses that pays best; 0 where none does, but for a try now and then."""
-        num_timed, step_s = self._step_s.get(num_decoding, (0, 0.0))
-        watching = num_timed < TIMED_FIRST or self._num_steps % PROBE_EVERY == 0
+        timed = self._step_s.get(num_decoding, ())
+        watching = len(timed) < TIMED_FIRST or self._num_steps % PROBE_EVERY == 0
         if sequence.continuation is None or num_decoding > MOST_SEQUENCES or watching:
             return 0
         record = self._records.setdefault(sequence, _Record())
+        step_s = median(timed)
         cost = self._draft_s * num_decoding / step_s if self._draft_s and step_s else FIRST_COST
         number = max(range(MOST_DRAFTS + 1), key=lambda count: _gain(record.acceptance, count) / (1 + cost * count))
         record.steps_without = 0 if number else record.steps_without + 1
@@ -114,10 +117,9 @@ class Lengths:
             return  # a prompt's chunk says nothing of what a guess costs
         number, num_drafts = len(schedule.parts), sum(len(part.drafts) for part in schedule.parts)
         if num_drafts == 0:
-            num_timed, step_s = self._step_s.get(number, (0, None))
-            self._step_s[number] = (num_timed + 1, _average(step_s, seconds))
+            self._step_s.setdefault(number, deque(maxlen=TIMED_FIRST)).append(seconds)
         elif number in self._step_s:
-            self._draft_s = _average(self._draft_s, max(0.0, seconds - self._step_s[number][1]) / num_drafts)
+            self._draft_s = _average(self._draft_s, max(0.0, seconds - median(self._step_s[number])) / num_drafts)
 
 
 def _gain(acceptance: float, count: int) -> float:
