@@ -303,8 +303,8 @@ def page(found: Found) -> str:
     """docs/benchmarks/engine.md: what was measured, beside its goal and its command."""
     lines = [
         "# The engine's figures",
-        "*Written by `python -m benchmarks.engine`; do not edit. Readings of every round: [engine.json](engine.json). Sides "
-        "alternate in one run; ratios are medians of the rounds' ratios, on a machine that others use too.*",
+        "*Written by `python -m benchmarks.engine`; do not edit. Readings of every round: [engine.json](engine.json). "
+        "Sides alternate in one run; ratios are medians of the rounds' ratios, on a machine that others use too.*",
     ]
     for name, own in found.items():
         machine = own["machine"]

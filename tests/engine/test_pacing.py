@@ -28,6 +28,13 @@ def test_many_that_wait_for_their_first_token_get_more() -> None:
     assert paced().max_prefill_tokens(8, 2) in (99, 100)
 
 
+def test_steps_that_nobody_notices_may_be_longer() -> None:
+    pacing = Pacing(2.0)
+    pacing.learn(step(1, 1), 0.002)
+    pacing.learn(step(1, 1, 10), 0.003)
+    assert pacing.max_prefill_tokens(1, 2) in (179, 180)  # 18 ms of them
+
+
 def test_where_nobody_decodes_there_is_no_limit() -> None:
     assert paced().max_prefill_tokens(1, 0) is None
     assert paced(0).max_prefill_tokens(1, 2) is None

@@ -24,7 +24,8 @@ class EngineOptions:
         max_num_sequences: sequences that run together; a request that has more by itself runs alone.
         max_batch_tokens: tokens that a step reads; prompts are read in chunks that leave room for those that decode.
         max_stall: how many times as long as a step without prompts a step may take while sequences decode. Chunks of
-            prompts are cut accordingly; 0 lets them be as long as `max_batch_tokens` says.
+            prompts are cut accordingly, but not below what fits into 20 ms; 0 lets them be as long as
+            `max_batch_tokens` says.
         cache_memory_bytes: of the keys and values; None: half of what is free, but not more than `max_num_sequences`
             whole contexts take.
         cache_dtype: of keys and values: "float32", "float16", "bfloat16", "int8", which holds nearly twice as many
@@ -37,7 +38,7 @@ class EngineOptions:
 
     max_num_sequences: int = 64
     max_batch_tokens: int = 512
-    max_stall: float = 1.8
+    max_stall: float = 2.0
     cache_memory_bytes: int | None = None
     cache_dtype: str = "auto"
     block_size: int = 16

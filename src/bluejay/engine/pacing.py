@@ -6,6 +6,7 @@ from bluejay.engine.scheduler import Schedule
 
 FIRST_CHUNK = 32  # tokens, before anything has been measured
 LEAST_CHUNK = 4  # tokens: whatever the watch says, a prompt gets on
+UNNOTICED_S = 0.02  # a step that short brings each stream 50 tokens a second: faster than anybody reads
 WEIGHT = 0.3  # of the latest step in the averages: some six are remembered
 LOOK_EVERY = 32  # steps: so often one without prompts is timed, where there would be none
 
@@ -40,7 +41,8 @@ class Pacing:
         if not self._decode_s or not self._token_s:  # a clock may stand still
             return FIRST_CHUNK
         share = max(1.0, num_reading / num_decoding)
-        return max(LEAST_CHUNK, int(share * (self._max_stall - 1) * self._decode_s / self._token_s))
+        longer_s = max(share * (self._max_stall - 1) * self._decode_s, UNNOTICED_S - self._decode_s)
+        return max(LEAST_CHUNK, int(longer_s / self._token_s))
 
     def learn(self, schedule: Schedule, seconds: float) -> None:
         """Note how long a step took."""
