@@ -76,6 +76,7 @@ class _Record:
 
     acceptance: float = FIRST_ACCEPTANCE
     steps_without: int = 0
+    patience: int = PROBE_EVERY  # steps until the next try; longer after each that was for nothing
 
 
 class Lengths:
@@ -98,9 +99,12 @@ class Lengths:
         step_s = median(timed)
         cost = self._draft_s * num_decoding / step_s if self._draft_s and step_s else FIRST_COST
         number = max(range(MOST_DRAFTS + 1), key=lambda count: _gain(record.acceptance, count) / (1 + cost * count))
-        record.steps_without = 0 if number else record.steps_without + 1
-        if record.steps_without >= PROBE_EVERY:
-            record.steps_without, number = 0, 1
+        if number:
+            record.steps_without, record.patience = 0, PROBE_EVERY
+        else:
+            record.steps_without += 1
+            if record.steps_without >= record.patience:
+                record.steps_without, record.patience, number = 0, 2 * record.patience, 1
         # The last token comes from the model alone.
         return min(number, sequence.continuation.max_new_tokens - sequence.continuation.num_new_tokens - 1)
 
