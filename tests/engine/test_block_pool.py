@@ -89,17 +89,6 @@ def test_a_new_holder_is_told_by_the_stamp() -> None:
     assert pool.stamps[0] == before + 1
 
 
-def test_what_is_forgotten_is_not_found() -> None:
-    pool = BlockPool(2, 1)
-    taken(pool, 2)
-    pool.publish(0, b"held")
-    pool.publish(1, b"cached")
-    pool.release([1])
-    pool.forget_all()
-    assert pool.find([b"held"]) == pool.find([b"cached"]) == []
-    pool.check_integrity([[0]])
-
-
 def test_a_hash_tells_the_tokens_all_before_them_and_the_salt() -> None:
     first, second = chain_hashes([1, 2, 3, 4, 5], 2, b"a")
     assert first == hashlib.sha256(b"a" + (1).to_bytes(8, "little") + (2).to_bytes(8, "little")).digest()

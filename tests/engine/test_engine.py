@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -203,6 +204,17 @@ def test_two_streams_share_an_engine(tiny_model) -> None:
     assert len(found["second"]) == 16
 
 
+def test_threads_share_an_engine(tiny_model) -> None:
+    """Each gets its own answers, whoever takes the steps."""
+    engine, rng = checked(tiny_model), random.Random(2)
+    asked = [[mixed_request(rng) for _ in range(8)] for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(engine.generate, asked))
+    for requests, outputs in zip(asked, found, strict=True):
+        for output, wanted in zip(outputs, checked(tiny_model).generate(requests), strict=True):
+            assert_same(output, wanted)
+
+
 def test_usage_and_times(tiny_model) -> None:
     now = iter(range(1000))
     engine = Engine(Network(tiny_model), EngineOptions(**EXACT), clock=lambda: float(next(now)))
@@ -246,7 +258,7 @@ def test_what_can_never_fit_is_refused_with_the_numbers(tiny_gptj) -> None:
 
 def test_all_are_taken_or_none(tiny_gptj) -> None:
     engine = checked(tiny_gptj)
-    for take in (engine.stream, engine.add_all, engine.generate):
+    for take in (engine.stream, engine.generate):
         with pytest.raises(InvalidRequest, match="token ids"):
             take([greedy([1]), greedy([999])])
     assert not engine.has_work

@@ -1,5 +1,5 @@
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -185,3 +185,35 @@ def test_a_checkpoint_without_weights_is_named(model_dir: Path) -> None:
     save_file({}, model_dir / "model.safetensors")
     with pytest.raises(CheckpointError, match="hold 0 tensors"):
         LLM(model_dir)
+
+
+def test_generate_each_keeps_the_order_and_passes_errors_on(llm: LLM) -> None:
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    lost = InvalidRequest("lost on the way")
+    items = [("the fox", params), lost, ("the jay " * 99, params), *[(f"the owl {i}", params) for i in range(9)]]
+    fetched = []
+
+    def source() -> Iterator[object]:
+        for item in items:
+            fetched.append(item)
+            yield item
+
+    found = []
+    for result in llm.generate_each(source(), ahead=3):
+        assert len(fetched) <= len(found) + 3
+        found.append(result)
+    assert found[1] is lost
+    assert isinstance(found[2], ContextLengthExceeded)
+    for item, result in zip(items, found, strict=True):
+        if isinstance(item, tuple) and not isinstance(result, ContextLengthExceeded):
+            assert result.text == llm.generate(*item)[0].text
+            assert result.prompt == item[0]
+
+
+def test_who_leaves_generate_each_cancels_the_rest(llm: LLM) -> None:
+    params = SamplingParams(max_new_tokens=50, ignore_eos=True)
+    results = llm.generate_each((f"the fox {i}", params) for i in range(9))
+    next(results)
+    results.close()
+    llm.engine.step()
+    assert llm.engine.statistics().held_blocks == 0

@@ -84,9 +84,6 @@ class BlockPool:
         """Whether its only holder may change a block's content; else it must be copied."""
         return self._references[block] == 1 and self._hashes[block] is None
 
-    def num_holders(self, block: int) -> int:
-        return self._references[block]
-
     def publish(self, block: int, block_hash: bytes) -> None:
         """Let others find a full block that is held; the first of equal ones is kept."""
         if self._hashes[block] is None and block_hash not in self._published:
@@ -106,14 +103,6 @@ class BlockPool:
     def num_cached(self, blocks: Iterable[int]) -> int:
         """How many of these blocks nobody holds: sharing them takes them from `num_free`."""
         return sum(self._references[block] == 0 for block in blocks)
-
-    def forget_all(self) -> None:
-        """Forget what nobody holds, and unpublish what somebody does."""
-        for block, block_hash in enumerate(self._hashes):
-            if block_hash is not None:
-                self._forget(block)
-        self._free.extend(self._cached)
-        self._cached.clear()
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Check that the pool agrees with the block tables of all sequences. Raises: AssertionError."""

@@ -89,26 +89,26 @@ class Engine:
         """Whether a step would do something."""
         return bool(self._requests)
 
-    def add(self, asked: GenerationRequest) -> int:
+    def add(self, asked: GenerationRequest, inbox: deque[GenerationEvent] | None = None) -> int:
         """Take a request; returns the number by which its events name it.
 
+        Args:
+            inbox: where its events go, whoever calls `step`; None: `step` returns them.
         Raises: RequestError if it cannot be served; InvalidRequest with the numbers if it can never fit into the cache.
         """
-        [number] = self.add_all([asked])
-        return number
-
-    def add_all(self, requests: Iterable[GenerationRequest]) -> list[int]:
-        """Take all requests or none. Raises: as `add`, for the first that cannot be served."""
-        prepared = self._prepare_all(requests)
-        self._begin(prepared)
-        return [request.id for request in prepared]
+        prepared = self._prepare_all([asked])
+        self._begin(prepared, inbox)
+        return prepared[0].id
 
     def cancel(self, number: int) -> None:
         """End a request at the next step, which frees its blocks; nothing happens if it has ended."""
         self._cancelled.append(number)
 
     def step(self) -> list[GenerationEvent]:
-        """Read and choose the next tokens; returns what that brought, each request's events in their order."""
+        """Read and choose the next tokens; returns what that brought, each request's events in their order.
+
+        Events of requests that have an inbox are put there instead.
+        """
         with self._lock, torch.inference_mode():
             events = self._end_cancelled()
             began = self._clock()
@@ -121,10 +121,13 @@ class Engine:
                     events += self._compute(schedule, began)
                 except Exception as error:  # whatever it is, it ends these requests and not the engine
                     events += self._fail(schedule, error)
-            for event in events:
-                if event.usage is not None:
-                    del self._requests[event.request]
-        return events
+            return [event for event in events if not self._deliver(event)]
+
+    def advance(self, inbox: deque[GenerationEvent]) -> None:
+        """Take a step, unless another thread's step has brought something for this inbox meanwhile."""
+        with self._lock:
+            if not inbox:
+                self.step()
 
     def stream(self, requests: Seq[GenerationRequest]) -> Iterator[GenerationEvent]:
         """Yield what each step brings, until every answer has ended; events name requests by their place here.
@@ -186,26 +189,29 @@ class Engine:
         """Begin when somebody listens, and stop when nobody does."""
         places = {request.id: place for place, request in enumerate(requests)}
         inbox: deque[GenerationEvent] = deque()
-        self._inboxes |= dict.fromkeys(places, inbox)
-        self._begin(requests)
+        self._begin(requests, inbox)
         open_requests = set(places)
         try:
             while open_requests:
-                with self._lock:
-                    if not inbox:  # nor has another stream's step brought something
-                        for event in self.step():
-                            if event.request in self._inboxes:
-                                self._inboxes[event.request].append(event)
+                self.advance(inbox)
                 while inbox:
                     event = inbox.popleft()
                     if event.usage is not None:
                         open_requests.discard(event.request)
                     yield replace(event, request=places[event.request])
         finally:
-            for number in places:
-                del self._inboxes[number]
             for number in open_requests:
                 self.cancel(number)
+
+    def _deliver(self, event: GenerationEvent) -> bool:
+        """Put an event into its request's inbox, if it has one; behind the last event both are forgotten."""
+        inbox = self._inboxes.get(event.request)
+        if inbox is not None:
+            inbox.append(event)
+        if event.usage is not None:
+            del self._requests[event.request]
+            self._inboxes.pop(event.request, None)
+        return inbox is not None
 
     def _prepare_all(self, requests: Iterable[GenerationRequest]) -> list[Request]:
         with self._lock:
@@ -213,9 +219,11 @@ class Engine:
             self._num_requests += len(prepared)
         return prepared
 
-    def _begin(self, requests: list[Request]) -> None:
+    def _begin(self, requests: list[Request], inbox: deque[GenerationEvent] | None) -> None:
         with self._lock:
             for request in requests:
+                if inbox is not None:
+                    self._inboxes[request.id] = inbox
                 request.arrived_s = self._clock()
                 self._requests[request.id] = request
                 self._scheduler.add(request)

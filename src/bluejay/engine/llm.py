@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -130,6 +131,7 @@ class LLM:
         """
         results: dict[int, RequestOutput | BluejayError] = {}
         places: dict[int, int] = {}  # of requests on their way, by the engine's number
+        inbox: deque[GenerationEvent] = deque()
         source, num_fetched, num_yielded, more = iter(prompts), 0, 0, True
         try:
             while more or num_yielded < num_fetched:
@@ -137,10 +139,12 @@ class LLM:
                     if (item := next(source, None)) is None:
                         more = False
                         break
-                    self._begin(item, num_fetched, places, results)
+                    self._begin(item, num_fetched, places, results, inbox)
                     num_fetched += 1
-                for event in self.engine.step():
-                    self._note(event, places, results)
+                if places:
+                    self.engine.advance(inbox)
+                while inbox:
+                    self._note(inbox.popleft(), places, results)
                 while num_yielded < num_fetched and num_yielded not in places.values():
                     yield results.pop(num_yielded)
                     num_yielded += 1
@@ -154,6 +158,7 @@ class LLM:
         place: int,
         places: dict[int, int],
         results: dict[int, RequestOutput | BluejayError],
+        inbox: deque[GenerationEvent],
     ) -> None:
         """Give the engine one prompt of many, or note why it does not take it."""
         if isinstance(item, BluejayError):
@@ -162,7 +167,7 @@ class LLM:
         prompt, params = item
         try:
             request = GenerationRequest(self.encode(prompt), params)
-            places[self.engine.add(request)] = place
+            places[self.engine.add(request, inbox)] = place
         except RequestError as error:
             results[place] = error
             return
@@ -173,8 +178,7 @@ class LLM:
         self, event: GenerationEvent, places: dict[int, int], results: dict[int, RequestOutput | BluejayError]
     ) -> None:
         """Add an event to its output; an output whose last event it was is no longer on its way."""
-        if (place := places.get(event.request)) is None:
-            return
+        place = places[event.request]
         output = results[place]
         if event.error is not None:
             results[place] = EngineError(event.error)
