@@ -73,6 +73,27 @@ def test_another_files_answers_are_left_alone(source: Path, tmp_path: Path) -> N
     assert "something else" in output.read_text()
 
 
+def test_errors_of_another_file_are_no_answers(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text('{"line": 7, "error": {"type": "InvalidRequest", "message": "x"}}\n')
+    with pytest.raises(InvalidRequest, match="line 1 does not answer"):
+        answer(source, output)
+
+
+def test_an_output_longer_than_its_source_is_refused(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    answer(source, output)
+    source.write_text(source.read_text().splitlines()[0] + "\n")
+    with pytest.raises(InvalidRequest, match="line 2 does not answer"):
+        answer(source, output)
+
+
+def test_where_nothing_can_be_written_no_model_is_read(source: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("bluejay.cli.loading.open_llm", lambda *_, **__: pytest.fail("the model was read"))
+    with pytest.raises(InvalidRequest, match="No such file"):
+        answer(source, tmp_path / "nowhere" / "out.jsonl")
+
+
 @pytest.mark.parametrize("source_name", ["prompts.txt", "absent.jsonl"])
 def test_what_is_no_file_of_prompts_is_refused(tmp_path: Path, source_name: str) -> None:
     with pytest.raises(InvalidRequest, match=r"no \.jsonl file"):

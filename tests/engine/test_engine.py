@@ -290,6 +290,47 @@ def test_a_failing_model_ends_requests_and_not_the_engine(tiny_gptj) -> None:
     assert len(engine.generate([greedy([1, 2])])[0].token_ids) == 8
 
 
+def test_what_a_failing_step_has_decided_counts(tiny_gptj) -> None:
+    engine = checked(tiny_gptj, max_stall=0)
+    engine.add(greedy([1, 2], max_new_tokens=1))
+    engine.add(greedy([3, 4], num_beams=2))
+    engine._answers._search = lambda request: 1 / 0
+    ended = engine.step()
+    assert [(event.request, event.finish_reason) for event in ended] == [(0, "length"), (1, "error")]
+    assert len(ended[0].token_ids) == 1
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_answers_of_beams_are_scored_in_as_much_room_as_was_asked_for(tiny_gptj, prefix_cache) -> None:
+    """A prompt of whole blocks: the last of them is read again for each answer."""
+    request = greedy(list(range(48)), num_beams=4, num_return_sequences=4, logprobs=0, max_new_tokens=20)
+    needed = 2 + 4 * 3  # blocks: what all share, and each answer's own
+    with pytest.raises(InvalidRequest):
+        checked(tiny_gptj, cache_memory_bytes=(needed - 1) * 16 * 512).add(request)
+    engine = checked(
+        tiny_gptj, cache_memory_bytes=needed * 16 * 512, prefix_cache=prefix_cache, max_batch_tokens=50, max_stall=0
+    )
+    number = engine.add(request)
+    for _ in range(300):
+        engine.step()
+    assert not engine.has_work, number
+
+
+def test_usage_of_beams_counts_their_answers(tiny_gptj) -> None:
+    now = [0.0]
+    engine = Engine(Network(tiny_gptj), EngineOptions(**EXACT), clock=lambda: now[0])
+    number = engine.add(greedy([1, 2], num_beams=4, max_new_tokens=11))
+    events = []
+    while engine.has_work:
+        now[0] += 1
+        events += engine.step()
+    usage = events[-1].usage
+    assert (events[-1].request, usage.generated_tokens) == (number, 11)
+    assert usage.first_token_s == 1
+    assert usage.per_token_s == 1
+
+
 def test_logits_that_are_no_numbers_end_one_request(tiny_gptj) -> None:
     engine = checked(tiny_gptj)
     with torch.no_grad():

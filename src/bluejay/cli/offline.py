@@ -43,11 +43,13 @@ def answer_file(file: Path, output: Path, options: dict[str, Any], opening: dict
 
     try:
         done, total = num_done(output, file), count_lines(file)
+        with output.open("a", encoding="utf-8"):
+            pass  # what cannot be written is said before a model is read, which may take minutes
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{file} or {output}: not readable: {error}", "file") from None
     if done:
         typer.secho(f"{output} has {done} of {total} lines; going on behind them", dim=True, err=True)
-    if done == total:
+    if done >= total:
         return
     llm = open_llm(**opening)
     typer.secho(f"keys and values: room for {llm.engine.num_cache_tokens:,} tokens", dim=True, err=True)
@@ -89,22 +91,25 @@ def num_done(output: Path, source: Path) -> int:
         return 0
     count, size = 0, 0
     with output.open("rb") as done, source.open(encoding="utf-8") as asked:
+        lines = _numbered(asked)
         for line in done:
             if not line.endswith(b"\n"):
                 break
             count, size = count + 1, size + len(line)
-            _check_belongs(line, next(_numbered(asked), (0, ""))[1], output, source, count)
+            _check_belongs(line, *next(lines, (0, "")), output, source, count)
     if size < output.stat().st_size:
         with output.open("r+b") as file:
             file.truncate(size)
     return count
 
 
-def _check_belongs(line: bytes, asked: str, output: Path, source: Path, number: int) -> None:
+def _check_belongs(line: bytes, asked_number: int, asked: str, output: Path, source: Path, number: int) -> None:
     """Check that a line of the output answers the line of the source that stands in its place."""
     try:
         answered = json.loads(line)
-        fits = isinstance(answered, dict) and ("error" in answered or answered["prompt"] == json.loads(asked)["prompt"])
+        fits = answered["line"] == asked_number and (
+            "error" in answered or answered["prompt"] == json.loads(asked)["prompt"]
+        )
     except (ValueError, KeyError, TypeError):
         fits = False
     if not fits:

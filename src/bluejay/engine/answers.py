@@ -53,8 +53,12 @@ class Answers:
         self.num_drafted_tokens = 0
         self.num_accepted_tokens = 0
 
-    def decide(self, schedule: Schedule, hidden: Tensor) -> list[GenerationEvent]:
-        """Go on from a step's hidden states, [T, n_embd], those of the parts one behind the other."""
+    def decide(self, schedule: Schedule, hidden: Tensor, events: list[GenerationEvent]) -> None:
+        """Go on from a step's hidden states, [T, n_embd], those of the parts one behind the other.
+
+        Args:
+            events: where events are added, one by one: what has been decided counts, whatever happens then.
+        """
         rows: list[int] = []  # of hidden, whose logits are needed
         ready: list[tuple[Part, int]] = []  # parts whose sequence has been read to its end, and their first logits
         row = 0
@@ -66,15 +70,14 @@ class Answers:
                 last = row + part.num_tokens - 1
                 rows.extend(range(last, last + 1 + len(part.drafts)))
             row += part.num_tokens + len(part.drafts)
-        if not ready:
-            return []
-        return self._go_on(ready, self._runner.logits(hidden, rows))
+        if ready:
+            self._go_on(ready, self._runner.logits(hidden, rows), events)
 
-    def decide_all(self, schedule: Schedule, logits: Tensor) -> list[GenerationEvent]:
+    def decide_all(self, schedule: Schedule, logits: Tensor, events: list[GenerationEvent]) -> None:
         """Go on from a step that only decodes: a row of logits [parts, V] for each part."""
         for part in schedule.parts:
             self._scheduler.computed(part.sequence, 1)
-        return self._go_on([(part, row) for row, part in enumerate(schedule.parts)], logits)
+        self._go_on([(part, row) for row, part in enumerate(schedule.parts)], logits, events)
 
     def end(self, request: Request, reason: FinishReason, error: str | None = None) -> list[GenerationEvent]:
         """End all answers of a request that have not ended by themselves."""
@@ -84,10 +87,9 @@ class Answers:
         events = [GenerationEvent(request.id, index, [], finish_reason=reason, error=error) for index in indexes]
         return [*events[:-1], replace(events[-1], usage=self._usage(request))]
 
-    def _go_on(self, ready: list[tuple[Part, int]], logits: Tensor) -> list[GenerationEvent]:
+    def _go_on(self, ready: list[tuple[Part, int]], logits: Tensor, events: list[GenerationEvent]) -> None:
         choosing: list[_Choosing] = []
         searching: dict[int, Request] = {}
-        events: list[GenerationEvent] = []
         for part, row in ready:
             sequence, request = part.sequence, part.sequence.request
             if sequence.answer is not None:
@@ -100,10 +102,9 @@ class Answers:
             if request.search is not None:
                 sequence.logits = logits[row : row + 1]
                 searching[request.id] = request
-        events += self._choose(choosing, logits)
+        self._choose(choosing, logits, events)
         for request in searching.values():
             events += self._search(request)
-        return events
 
     def _begin_answers(self, request: Request) -> list[Sequence]:
         """The prompt has been read: fork, or begin a search; returns the sequences that choose tokens."""
@@ -135,9 +136,8 @@ class Answers:
             request.sequences.append(child)
         return request.sequences
 
-    def _choose(self, choosing: list[_Choosing], logits: Tensor) -> list[GenerationEvent]:
+    def _choose(self, choosing: list[_Choosing], logits: Tensor, events: list[GenerationEvent]) -> None:
         """Choose a token for each; who guessed it goes on with the next, in step with all others that did."""
-        events: list[GenerationEvent] = []
         for one in choosing:
             one.sequence.request.num_drafted_tokens += len(one.drafts)
             self.num_drafted_tokens += len(one.drafts)
@@ -160,7 +160,6 @@ class Answers:
                     right.append(one)
                 events.append(event)
             going_on = right
-        return events
 
     def _accept_draft(self, one: _Choosing) -> None:
         """The token was guessed rightly: its K and V are in the cache already."""
@@ -179,15 +178,15 @@ class Answers:
         if token_id is not None:
             request.num_generated_tokens += 1
             self.num_generated_tokens += 1
-        return self._first(request, event, now)
+            request.first_token_s = now if request.first_token_s is None else request.first_token_s
+        return self._first(request, event)
 
-    def _first(self, request: Request, event: GenerationEvent, now: float) -> GenerationEvent:
+    def _first(self, request: Request, event: GenerationEvent) -> GenerationEvent:
         """A request's first event tells of its prompt."""
-        if request.first_token_s is None:
-            request.first_token_s = now
-            if request.asked.params.prompt_logprobs is not None:
-                return replace(event, prompt_logprobs=[None, *request.prompt_logprobs])
-        return event
+        if request.has_told_prompt or request.asked.params.prompt_logprobs is None:
+            return event
+        request.has_told_prompt = True
+        return replace(event, prompt_logprobs=[None, *request.prompt_logprobs])
 
     def _leave(self, sequence: Sequence, event: GenerationEvent) -> GenerationEvent:
         """Take a sequence that has ended out of its request; with the last one the request ends."""
@@ -212,6 +211,7 @@ class Answers:
             return []
         assert search is not None and request.started_s is not None
         elapsed = self._clock() - request.started_s
+        request.first_token_s = self._clock() if request.first_token_s is None else request.first_token_s
         step = search.step(torch.cat(logits), out_of_time=params.max_time is not None and elapsed > params.max_time)
         children: list[Sequence] = []
         if not search.done:
@@ -256,7 +256,7 @@ class Answers:
         text = request.prompt.text_of(answer.token_ids)
         reason = reason if answer.token_ids else FinishReason.ERROR
         event = GenerationEvent(request.id, index, answer.token_ids, text, logprobs, reason, answer.score)
-        return self._ended(request, self._first(request, event, self._clock()))
+        return self._ended(request, self._first(request, event))
 
     def _score(self, part: Part, hidden: Tensor) -> None:
         """Find the log-probabilities of a part's tokens, where they are wanted; hidden [num_tokens, n_embd]."""
@@ -273,7 +273,7 @@ class Answers:
 
     def _usage(self, request: Request) -> Usage:
         first, last = request.first_token_s, self._clock()
-        steps = request.num_generated_tokens / request.width - 1
+        steps = request.num_generated_tokens / request.asked.params.num_return_sequences - 1
         return Usage(
             prompt_tokens=len(request.asked.prompt_token_ids),
             cached_tokens=request.num_cached_tokens or 0,

@@ -22,7 +22,7 @@ from bluejay.decoding.stopping import FinishReason
 from bluejay.engine.answers import Answers
 from bluejay.engine.batch import Reading
 from bluejay.engine.block_pool import BlockPool
-from bluejay.engine.kv_cache import KVCache
+from bluejay.engine.kv_cache import KVCache, bytes_per_token
 from bluejay.engine.network import Network
 from bluejay.engine.options import EngineOptions
 from bluejay.engine.pacing import Pacing
@@ -62,7 +62,8 @@ class Engine:
         options = options or EngineOptions()
         config, size = network.model.config, options.block_size
         dtype = options.torch_cache_dtype(network.dtype)
-        num_blocks = options.num_blocks(config, dtype, network.device)
+        guessing_bytes = 0 if draft is None or draft == "ngram" else self._token_bytes(draft, options)
+        num_blocks = options.num_blocks(config, dtype, network.device, beside_bytes=guessing_bytes)
         self.num_cache_tokens = num_blocks * size
         self.network = network
         self._runner = Runner(network, KVCache(config, num_blocks, size, dtype, network.device))
@@ -118,9 +119,9 @@ class Engine:
             if schedule.parts:
                 self._num_steps += 1
                 try:
-                    events += self._compute(schedule, began)
+                    self._compute(schedule, began, events)
                 except Exception as error:  # whatever it is, it ends these requests and not the engine
-                    events += self._fail(schedule, error)
+                    self._fail(schedule, error, events)
             return [event for event in events if not self._deliver(event)]
 
     def advance(self, inbox: deque[GenerationEvent]) -> None:
@@ -170,6 +171,10 @@ class Engine:
     def check_integrity(self) -> None:
         """Check the books of blocks. Raises: AssertionError."""
         self._scheduler.check_integrity()
+
+    def _token_bytes(self, draft: Network, options: EngineOptions) -> int:
+        """What the draft model keeps of each token."""
+        return bytes_per_token(draft.model.config, options.torch_cache_dtype(draft.dtype))
 
     def _speculate(self, draft: Network | Literal["ngram"] | None, options: EngineOptions) -> Speculation:
         if draft is None:
@@ -247,8 +252,8 @@ class Engine:
         request.sequences = [root]
         return request
 
-    def _compute(self, schedule: Schedule, began: float) -> list[GenerationEvent]:
-        """Draft, read, decide."""
+    def _compute(self, schedule: Schedule, began: float, events: list[GenerationEvent]) -> None:
+        """Draft, read, decide; adds what that brings to `events`."""
         for part in schedule.parts:
             if part.sequence.request.started_s is None:
                 part.sequence.request.started_s = began
@@ -256,23 +261,22 @@ class Engine:
         self._speculation.draft(schedule)
         readings = [Reading(part.token_ids, part.start, part.sequence.block_table) for part in schedule.parts]
         if schedule.only_decodes:
-            events = self._answers.decide_all(schedule, self._runner.decode(readings))
+            self._answers.decide_all(schedule, self._runner.decode(readings), events)
         else:
-            events = self._answers.decide(schedule, self._runner.forward(readings))
+            self._answers.decide(schedule, self._runner.forward(readings), events)
         seconds = self._clock() - began
         self._speculation.learn(schedule, seconds)
         self._pacing.learn(schedule, seconds)
-        return events
 
     def _end_cancelled(self) -> list[GenerationEvent]:
         numbers, self._cancelled = self._cancelled, []
         there = [self._requests[number] for number in dict.fromkeys(numbers) if number in self._requests]
         return [event for request in there for event in self._answers.end(request, FinishReason.CANCELLED)]
 
-    def _fail(self, schedule: Schedule, error: Exception) -> list[GenerationEvent]:
-        """End the requests of a step that failed."""
+    def _fail(self, schedule: Schedule, error: Exception, events: list[GenerationEvent]) -> None:
+        """End what a step that failed has not ended: what it has brought already counts."""
         message = f"{type(error).__name__}: {error}"
-        requests = {part.sequence.request.id: part.sequence.request for part in schedule.parts}
-        return [
-            event for request in requests.values() for event in self._answers.end(request, FinishReason.ERROR, message)
-        ]
+        ended = {event.request for event in events if event.usage is not None}
+        for request in {part.sequence.request.id: part.sequence.request for part in schedule.parts}.values():
+            if request.id not in ended:
+                events += self._answers.end(request, FinishReason.ERROR, message)

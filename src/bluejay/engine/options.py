@@ -68,12 +68,19 @@ class EngineOptions:
         dtype: torch.dtype = getattr(torch, self.cache_dtype)
         return dtype
 
-    def num_blocks(self, config: ModelConfig, cache_dtype: torch.dtype, device: torch.device) -> int:
-        """The blocks that fit into the memory budget. Raises: ConfigError if not one does."""
+    def num_blocks(
+        self, config: ModelConfig, cache_dtype: torch.dtype, device: torch.device, *, beside_bytes: int = 0
+    ) -> int:
+        """The blocks that fit into the memory budget.
+
+        Args:
+            beside_bytes: what a draft model keeps of each token.
+        Raises: ConfigError if not one block fits.
+        """
         from bluejay.engine.kv_cache import bytes_per_token
         from bluejay.model.device import free_memory_bytes
 
-        block_bytes = self.block_size * bytes_per_token(config, cache_dtype)
+        block_bytes = self.block_size * (bytes_per_token(config, cache_dtype) + beside_bytes)
         budget = self.cache_memory_bytes
         if budget is None:
             whole = self.max_num_sequences * -(-config.n_positions // self.block_size)

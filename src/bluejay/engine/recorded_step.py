@@ -84,7 +84,7 @@ def decode(model: LanguageModel, input_ids: Tensor, positions: Tensor, cache: Re
     """The logits behind one token of each row, [B, 1] -> [B, vocab_size]; `cache.begin` was called.
 
     Args:
-        model: a quantised one of either family.
+        model: of either family, one that works by kernels.
     """
     inputs = _transformer(model).embed(input_ids, positions)
     step = cache.recorded

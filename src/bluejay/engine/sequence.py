@@ -94,6 +94,7 @@ class Request:
         sequences: those that are not finished. At first one, with the prompt; it forks when the prompt is read.
         open_indexes: of the answers that are still owed.
         prompt_logprobs: of the prompt's tokens behind the first, once it has been read.
+        has_told_prompt: whether an event has carried them.
         search: a beam search on its way.
         leader_tokens: how many tokens its sequences share, of which the first one reads them for all after a
             preemption; 0 if each reads its own.
@@ -109,6 +110,7 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     open_indexes: list[int] = field(init=False)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    has_told_prompt: bool = False
     search: Search | None = None
     leader_tokens: int = 0
     num_cached_tokens: int | None = None
@@ -138,6 +140,6 @@ class Request:
     def most_blocks(self, block_size: int) -> int:
         """The blocks it needs if nothing is found in the cache and every answer is as long as it may be."""
         num_prompt_tokens = len(self.asked.prompt_token_ids)
-        shared = num_prompt_tokens // block_size
+        shared = (num_prompt_tokens - 1) // block_size  # the last one is read again for the scores of answers of beams
         longest = -(-(num_prompt_tokens + self.prompt.max_new_tokens) // block_size)
         return shared + self.width * (longest - shared)

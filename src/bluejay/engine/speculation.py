@@ -97,7 +97,7 @@ class Lengths:
             return 0
         record = self._records.setdefault(sequence, _Record())
         step_s = median(timed)
-        cost = self._draft_s * num_decoding / step_s if self._draft_s and step_s else FIRST_COST
+        cost = self._draft_s * num_decoding / step_s if self._draft_s is not None and step_s else FIRST_COST
         number = max(range(MOST_DRAFTS + 1), key=lambda count: _gain(record.acceptance, count) / (1 + cost * count))
         if number:
             record.steps_without, record.patience = 0, PROBE_EVERY
@@ -117,8 +117,8 @@ class Lengths:
                 checked = min(part.num_accepted + 1, len(part.drafts))  # those behind a wrong one were not
                 weight = 1 - (1 - WEIGHT) ** checked
                 record.acceptance += weight * (part.num_accepted / checked - record.acceptance)
-        if any(part.num_tokens > 1 for part in schedule.parts):
-            return  # a prompt's chunk says nothing of what a guess costs
+        if any(part.num_tokens > 1 or (part.num_drafts and not part.drafts) for part in schedule.parts):
+            return  # a prompt's chunk says nothing of what a guess costs, nor a draft model that reads what it missed
         number, num_drafts = len(schedule.parts), sum(len(part.drafts) for part in schedule.parts)
         if num_drafts == 0:
             self._step_s.setdefault(number, deque(maxlen=TIMED_FIRST)).append(seconds)
@@ -280,10 +280,6 @@ class ModelSpeculation:
             if place < len(sequence.block_table):  # else it has ended meanwhile
                 block = sequence.block_table[place]
                 self._read[block] = (min(size, end - place * size), self._pool.stamps[block])
-
-
-def _last_guess(part: Part) -> Reading:
-    return Reading(part.drafts[-1:], part.end + len(part.drafts) - 1, part.sequence.block_table)
 
 
 def _foresight(sequence: Sequence) -> Choice:
