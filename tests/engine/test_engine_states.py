@@ -46,9 +46,11 @@ class Machine(RuleBasedStateMachine):
         request = mixed_request(random.Random(seed), vocab_size=40, longest=24, most_new=12)
         self.asked[self.engine.add(request)] = request
 
-    @rule(count=st.integers(1, 12))
-    def step(self, count: int) -> None:
-        for _ in range(count):
+    @rule(count=st.integers(1, 12), disturbed=st.booleans())
+    def step(self, count: int, disturbed: bool = False) -> None:
+        for place in range(count):
+            if disturbed and place % 2 == 0 and (running := self.engine._scheduler.running):
+                self.engine._scheduler._preempt(running[-1])
             type(self).num_steps += 1
             for event in self.engine.step():
                 self.tokens.setdefault((event.request, event.index), []).extend(event.token_ids)
@@ -74,7 +76,7 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         while self.engine.has_work:
-            self.step(1)
+            self.step(count=1)
         statistics = self.engine.statistics()
         assert (statistics.running, statistics.waiting, statistics.held_blocks) == (0, 0, 0)
         type(self).num_preemptions += statistics.preemptions
@@ -100,4 +102,4 @@ def test_whatever_happens_the_books_are_right_and_so_are_the_answers(make_model)
     )
     assert Seeded.num_steps >= NUM_STEPS
     assert Seeded.num_forks > 500
-    assert Seeded.num_preemptions > 500
+    assert Seeded.num_preemptions > 300

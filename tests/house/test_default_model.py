@@ -8,6 +8,7 @@ import torch
 from bluejay import LLM, SamplingParams
 from bluejay.checkpoints import hub
 from bluejay.checkpoints.hub_cache import DEFAULT_MODEL_DIR
+from bluejay.model import num_parameters
 
 STORY = SamplingParams(max_new_tokens=60, do_sample=True, temperature=0.8, top_p=0.95, top_k=0, seed=1)
 
@@ -37,5 +38,5 @@ def test_model_and_draft_share_a_vocabulary_and_a_context() -> None:
     assert model.tokenizer.fingerprint() == draft.tokenizer.fingerprint()
     assert (model.config.vocab_size, model.config.n_positions) == (draft.config.vocab_size, draft.config.n_positions)
     assert model.config.n_positions >= 1024
-    assert sum(p.numel() for p in draft.model.parameters()) * 4 < sum(p.numel() for p in model.model.parameters())
+    assert num_parameters(draft.config) * 4 < num_parameters(model.config)
     assert model.dtype == torch.float32  # float16 on disk
