@@ -230,12 +230,14 @@ def _subject(
     from bluejay import __version__, ops
     from bluejay.bench import weights
     from bluejay.bench.report import Subject
+    from bluejay.model.kernels import works_by_kernels
     from bluejay.model.quantized import Quantization
 
     quantization = Quantization.of(network.config)
     dtype = network.transformer.ln_f.weight.dtype
-    kernels = "pytorch" if quantization is None else ops.voice()
-    if quantization is None:
+    by_kernels = quantization is not None or works_by_kernels(network)
+    kernels = ops.voice() if by_kernels else "pytorch"
+    if not by_kernels:
         ops.set_num_threads(torch.get_num_threads())  # memory is read with as many as PyTorch computes with
     lengths = range(workload.prompt_tokens + 1, workload.prompt_tokens + workload.max_new_tokens)
     itemsize = _kv_itemsize(quantization, dtype)
