@@ -371,6 +371,16 @@ def test_steps_are_paced_by_the_watch(tiny_gptj) -> None:
 def test_options_are_checked_all_at_once() -> None:
     with pytest.raises(ConfigError, match=r"max_num_sequences is 0.*max_stall is 0.5.*cache_dtype is 'int3'"):
         EngineOptions(max_num_sequences=0, max_stall=0.5, cache_dtype="int3")
+    with pytest.raises(ConfigError, match=r"max_stall is '2'.*cache_memory_bytes is '4 GB'.*prefix_cache is 'no'"):
+        EngineOptions(max_stall="2", cache_memory_bytes="4 GB", prefix_cache="no")
+    with pytest.raises(ConfigError, match="max_stall is nan"):
+        EngineOptions(max_stall=float("nan"))
+
+
+def test_any_text_names_a_tenant(tiny_gptj) -> None:
+    engine = checked(tiny_gptj)
+    requests = [replace(greedy(list(range(40))), tenant=name) for name in ("\ud800", "\ud801", "\ud800")]
+    assert [engine.generate([request])[0].usage.cached_tokens for request in requests] == [0, 0, 32]
 
 
 def test_a_cache_smaller_than_a_block_is_refused(tiny_gptj) -> None:

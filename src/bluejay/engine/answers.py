@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bluejay.decoding.beam import Answer, BeamRules, beam_search
-from bluejay.decoding.sampler import TokenLogprobs, choose, generator_for, token_logprobs
+from bluejay.decoding.beam import Answer
+from bluejay.decoding.sampler import TokenLogprobs, choose, token_logprobs
 from bluejay.decoding.stopping import FinishReason
 from bluejay.engine.request import GenerationEvent, Usage
 from bluejay.engine.runner import Runner
@@ -114,17 +114,7 @@ class Answers:
             request.prompt_logprobs = root.logprobs
             root.score_from, root.logprobs = None, []
         if params.num_beams > 1:
-            request.search = beam_search(
-                BeamRules(
-                    params=params,
-                    prompt=request.prompt.history,
-                    processors=request.prompt.choice.processors,
-                    eos_ids=request.prompt.eos_ids,
-                    max_new_tokens=request.prompt.max_new_tokens,
-                    generator=generator_for(params, 0, device) if params.do_sample else None,
-                    is_stopped=request.prompt.holds_stop_text if params.stop_texts else None,
-                )
-            )
+            request.search = request.prompt.begin_search(device)
             return []
         for continuation in request.prompt.forks(range(params.num_return_sequences), device):
             if continuation.index == 0:
@@ -252,10 +242,7 @@ class Answers:
         return self._end_beam(request, sequence.index, sequence.answer, sequence.logprobs)
 
     def _end_beam(self, request: Request, index: int, answer: Answer, logprobs: list[TokenLogprobs]) -> GenerationEvent:
-        reason = FinishReason.STOP if answer.complete else FinishReason.LENGTH
-        text = request.prompt.text_of(answer.token_ids)
-        reason = reason if answer.token_ids else FinishReason.ERROR
-        event = GenerationEvent(request.id, index, answer.token_ids, text, logprobs, reason, answer.score)
+        event = request.prompt.end_beam(index, answer, logprobs)
         return self._ended(request, self._first(request, event))
 
     def _score(self, part: Part, hidden: Tensor) -> None:

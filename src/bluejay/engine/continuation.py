@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from bluejay.decoding.beam import Answer, BeamRules, Search, beam_search
 from bluejay.decoding.params import SamplingParams
-from bluejay.decoding.sampler import Choice, generator_for, token_logprobs
+from bluejay.decoding.sampler import Choice, TokenLogprobs, generator_for, token_logprobs
 from bluejay.decoding.stopping import FinishReason, StopText, finish_reason
 from bluejay.engine.request import GenerationEvent
 from bluejay.tokenizer import TextStream, Tokenizer
@@ -68,6 +69,28 @@ class Continuation:
             text += self._rest()
         logprobs = [] if params.logprobs is None else token_logprobs(logits, [token_id], params.logprobs)
         return GenerationEvent(self.request, self.index, [token_id], text, logprobs, reason)
+
+    def begin_search(self, device: torch.device) -> Search:
+        """The beam search that the request's options ask for."""
+        params = self.params
+        return beam_search(
+            BeamRules(
+                params=params,
+                prompt=self.history,
+                processors=self.choice.processors,
+                eos_ids=self.eos_ids,
+                max_new_tokens=self.max_new_tokens,
+                generator=generator_for(params, 0, device) if params.do_sample else None,
+                is_stopped=self.holds_stop_text if params.stop_texts else None,
+            )
+        )
+
+    def end_beam(self, index: int, answer: Answer, logprobs: list[TokenLogprobs]) -> GenerationEvent:
+        """The event of a finished beam: an answer comes as a whole."""
+        reason = FinishReason.STOP if answer.complete else FinishReason.LENGTH
+        reason = reason if answer.token_ids else FinishReason.ERROR
+        text = self.text_of(answer.token_ids)
+        return GenerationEvent(self.request, index, answer.token_ids, text, logprobs, reason, answer.score)
 
     def text_of(self, token_ids: Iterable[int]) -> str:
         """The text of a whole answer, up to a stop text."""

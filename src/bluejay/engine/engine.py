@@ -103,7 +103,8 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """End a request at the next step, which frees its blocks; nothing happens if it has ended."""
-        self._cancelled.append(number)
+        with self._lock:  # else one that is noted while a step takes the others along would be lost
+            self._cancelled.append(number)
 
     def step(self) -> list[GenerationEvent]:
         """Read and choose the next tokens; returns what that brought, each request's events in their order.

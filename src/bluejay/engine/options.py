@@ -50,10 +50,14 @@ class EngineOptions:
             for name, least in (("max_num_sequences", 1), ("max_batch_tokens", 1), ("block_size", 1))
             if type(getattr(self, name)) is not int or getattr(self, name) < least
         ]
-        if not (self.max_stall == 0 or self.max_stall > 1):
+        if type(self.max_stall) not in (int, float) or not (self.max_stall == 0 or self.max_stall > 1):
             problems.append(f"max_stall is {self.max_stall!r}, expected a number above 1, or 0 for no limit")
-        if self.cache_memory_bytes is not None and self.cache_memory_bytes < 1:
-            problems.append(f"cache_memory_bytes is {self.cache_memory_bytes!r}, expected a positive number, or None")
+        if self.cache_memory_bytes is not None and (
+            type(self.cache_memory_bytes) is not int or self.cache_memory_bytes < 1
+        ):
+            problems.append(f"cache_memory_bytes is {self.cache_memory_bytes!r}, expected a whole number, 1 or more")
+        if type(self.prefix_cache) is not bool:
+            problems.append(f"prefix_cache is {self.prefix_cache!r}, expected True or False")
         if self.cache_dtype not in ("auto", *CACHE_DTYPES):
             problems.append(f"cache_dtype is {self.cache_dtype!r}, expected auto, {', '.join(CACHE_DTYPES)}")
         if problems:

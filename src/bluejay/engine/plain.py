@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bluejay.decoding.beam import Answer, BeamRules, beam_search
-from bluejay.decoding.sampler import TokenLogprobs, choose, generator_for
-from bluejay.decoding.stopping import FinishReason
+from bluejay.decoding.sampler import TokenLogprobs, choose
 from bluejay.engine.contiguous_cache import ContiguousCache
 from bluejay.engine.continuation import Continuation
 from bluejay.engine.kernel_cache import CACHE_DTYPE, KernelCache
@@ -26,13 +24,10 @@ from bluejay.tokenizer import Tokenizer
 
 
 class PlainEngine:
-    """Generates, scores and embeds with one model.
+    """Generates with one model.
 
     Args:
-        model: the network, in evaluation mode.
-        tokenizer: turns tokens into text, and says which ids have a token at all: others are never chosen. Without
-            it, events and outputs carry no text, and `stop` is refused.
-        device: where the model is.
+        model, tokenizer, device: as `Network` takes them.
         max_rows: rows that run together, be they of one request or of several; further ones wait. Beams of one search
             always run together.
         cache_dtype: of the keys and values that are kept: float32, float16 or bfloat16. None: float16 for a quantised
@@ -132,17 +127,7 @@ class PlainEngine:
         """One beam search: a row for each running beam."""
         cache = self._new_cache()
         params, began = sequence.params, self._clock()
-        search = beam_search(
-            BeamRules(
-                params=params,
-                prompt=sequence.history,
-                processors=sequence.choice.processors,
-                eos_ids=sequence.eos_ids,
-                max_new_tokens=sequence.max_new_tokens,
-                generator=generator_for(params, 0, self._network.device) if params.do_sample else None,
-                is_stopped=sequence.holds_stop_text if params.stop_texts else None,
-            )
-        )
+        search = sequence.begin_search(self._network.device)
         logits = self._prefill(cache, [sequence.history])
         beams = [sequence.history]
         while True:
@@ -154,22 +139,10 @@ class PlainEngine:
             cache.select(step.parents)
             logits = self._decode(cache, beams)
         for index, answer in enumerate(search.finish()):
-            yield self._beam_event(sequence, index, answer)
-
-    def _beam_event(self, sequence: Continuation, index: int, answer: Answer) -> GenerationEvent:
-        reason = FinishReason.STOP if answer.complete else FinishReason.LENGTH
-        logprobs: list[TokenLogprobs] = []
-        if sequence.params.logprobs is not None:
-            logprobs = self._scorer.logprobs(sequence.history, answer.token_ids, sequence.params.logprobs)
-        return GenerationEvent(
-            sequence.request,
-            index,
-            answer.token_ids,
-            sequence.text_of(answer.token_ids),
-            logprobs,
-            reason if answer.token_ids else FinishReason.ERROR,
-            answer.score,
-        )
+            logprobs: list[TokenLogprobs] = []
+            if params.logprobs is not None:
+                logprobs = self._scorer.logprobs(sequence.history, answer.token_ids, params.logprobs)
+            yield sequence.end_beam(index, answer, logprobs)
 
     def _new_cache(self) -> ContiguousCache:
         if self._cache_dtype is None:

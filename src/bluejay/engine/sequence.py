@@ -123,7 +123,7 @@ class Request:
 
     def __post_init__(self) -> None:
         # Two tenants never share a block, nor can one tell by its own waiting what another has asked.
-        self.salt = hashlib.sha256(b"bluejay prefix " + self.asked.tenant.encode()).digest()
+        self.salt = hashlib.sha256(b"bluejay prefix " + self.asked.tenant.encode("utf-8", "surrogatepass")).digest()
         self.open_indexes = list(range(self.asked.params.num_return_sequences))
 
     @property
