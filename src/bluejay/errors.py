@@ -4,6 +4,8 @@
     ├── ConfigError          settings, model config, training config
     ├── CheckpointError      missing, mismatched (all keys at once), corrupt (file and offset)
     ├── RequestError(param)  InvalidRequest, UnsupportedOption, ContextLengthExceeded, ModelNotFound
+    ├── AccessError          Unauthenticated, Forbidden, QuotaExceeded(retry_after_s)
+    ├── StoreError           the database of accounts and usage cannot be reached or used
     ├── EngineError          Overloaded(retry_after_s), Stopped
     └── KernelError          no kernel for this machine or shape
 
@@ -52,6 +54,30 @@ class ContextLengthExceeded(RequestError):
 
 class ModelNotFound(RequestError):
     """No model of that name or at that path."""
+
+
+class AccessError(BluejayError):
+    """Whoever asks may not have what is asked for."""
+
+
+class Unauthenticated(AccessError):
+    """No key, or none that is known and valid."""
+
+
+class Forbidden(AccessError):
+    """The key is valid, and does not reach this far."""
+
+
+class QuotaExceeded(AccessError):
+    """The plan's limit is used up; try again in `retry_after_s` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class StoreError(BluejayError):
+    """The database cannot be reached or used."""
 
 
 class EngineError(BluejayError):
