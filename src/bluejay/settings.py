@@ -20,6 +20,7 @@ from typing import Any
 
 from bluejay.errors import ConfigError
 
+TABLES = ("server", "models", "plans", "filters")  # of the server, which reads them itself
 DEVICES = "auto, cpu, cuda, cuda:1, mps"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
 
@@ -33,12 +34,14 @@ class Settings:
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         dtype: "auto", "float32", "bfloat16", "float16"; "int8" and "int4" on the CPU.
         threads: CPU threads; 0 is as many as the machine, or the container's share of it, is good for.
+        database: of accounts and usage: a file or postgresql://…; "" is a file in $XDG_DATA_HOME/bluejay.
     """
 
     model: str = "default"
     device: str = "auto"
     dtype: str = "auto"
     threads: int = 0
+    database: str = ""
 
 
 def load_settings(flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
@@ -62,7 +65,9 @@ def explain_settings(
     environ = os.environ if environ is None else environ
     known = {f.name: (f.default, "default") for f in fields(Settings)}
     path = settings_file(environ)
-    values: dict[str, tuple[Any, str]] = {key: (value, str(path)) for key, value in _read(path, environ).items()}
+    values: dict[str, tuple[Any, str]] = {
+        key: (value, str(path)) for key, value in _read(path, environ).items() if key not in TABLES
+    }
     for name in known:
         if text := environ.get(f"BLUEJAY_{name.upper()}"):
             values[name] = (text, f"BLUEJAY_{name.upper()}")
@@ -80,6 +85,16 @@ def settings_file(environ: Mapping[str, str] | None = None) -> Path:
     if explicit := environ.get("BLUEJAY_CONFIG"):
         return Path(explicit)
     return Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "bluejay" / "config.toml"
+
+
+def settings_tables(environ: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """The tables of the settings file, by name: what `bluejay serve` reads. Raises: ConfigError."""
+    environ = os.environ if environ is None else environ
+    path = settings_file(environ)
+    tables = {name: value for name, value in _read(path, environ).items() if name in TABLES}
+    if wrong := [name for name, value in tables.items() if not isinstance(value, dict)]:
+        raise ConfigError(f"{path}: {', '.join(wrong)}: expected a table, as [{wrong[0]}]")
+    return tables
 
 
 def _read(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -102,7 +117,7 @@ def _checked(name: str, value: Any, source: str, problems: list[str]) -> Any:
         if isinstance(value, bool) or not 0 <= count <= 1024:
             problems.append(f"{source}: threads is {value!r}, expected a whole number from 0 (automatic) to 1024")
         return count
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not (value or name == "database"):
         problems.append(f"{source}: {name} is {value!r}, expected a text")
     elif name == "dtype" and value not in DTYPES:
         problems.append(f"{source}: dtype is {value!r}, expected one of {', '.join(DTYPES)}")

@@ -21,12 +21,13 @@ from bluejay.cli.inspect import inspect
 from bluejay.cli.models import models
 from bluejay.cli.perplexity import perplexity
 from bluejay.cli.pull import pull
+from bluejay.cli.serve import serve
 from bluejay.cli.train import train
 from bluejay.errors import BluejayError, ConfigError, RequestError
 
 app = typer.Typer(
     name="bluejay",
-    help="GPT-J and GPT-Neo on hardware you own: open any checkpoint, generate, convert, train.",
+    help="GPT-J and GPT-Neo on hardware you own: open any checkpoint, generate, serve, convert, train.",
     epilog='Try: bluejay generate "Once upon a time"',
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -34,6 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)
+app.command()(serve)
 app.command()(pull)
 app.add_typer(models, name="models")
 app.command()(inspect)

@@ -100,12 +100,14 @@ class Facts:
 
     Attributes:
         model: the name that was asked for.
+        path: the directory it was found in, the tokenizer's files beside the weights.
         n_positions, vocab_size: the model's.
         num_cache_tokens: how many tokens the engine's cache holds.
         pid: the worker's process.
     """
 
     model: str
+    path: str
     n_positions: int
     vocab_size: int
     num_cache_tokens: int

@@ -166,7 +166,10 @@ class Worker:
         gc.freeze()  # nor is it looked through between steps
         gc.enable()
         config = llm.config
-        facts = Facts(llm.name, config.n_positions, config.vocab_size, llm.engine.num_cache_tokens, os.getpid())
+        folder = llm.path if llm.path.is_dir() else llm.path.parent
+        facts = Facts(
+            llm.name, str(folder), config.n_positions, config.vocab_size, llm.engine.num_cache_tokens, os.getpid()
+        )
         self._connection.send(Ready(facts))
         return llm
 

@@ -103,6 +103,11 @@ class Tokenizer:
         vocab = self._backend.get_vocab(with_added_tokens=True)
         return tuple(sorted(i for text, i in vocab.items() if not _PADDING_TOKEN.fullmatch(text)))
 
+    @cached_property
+    def longest_token_bytes(self) -> int:
+        """The bytes of the longest token."""
+        return max((len(self.token_bytes(i)) for i in self.known_ids), default=0)
+
     @property
     def vocab_size(self) -> int:
         """The largest known id + 1; a model's embedding may have more rows."""

@@ -1,0 +1,194 @@
+"""`bluejay serve`: one server, every API that GPT-J ever had."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bluejay.errors import ConfigError
+from bluejay.settings import Settings, load_settings, settings_tables
+
+if TYPE_CHECKING:
+    from bluejay.server.options import ModelOptions, ServerOptions
+
+ADDRESS, MODEL, LOAD, ACCOUNTS = "Address", "Models", "Load", "Accounts and logs"
+
+
+def serve(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL…]", help="Paths or names, or NAME=PATH; the default model if none."),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Where to listen.", rich_help_panel=ADDRESS)] = None,
+    port: Annotated[int | None, typer.Option(help="0: any free one.", rich_help_panel=ADDRESS)] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(help="Open Inference over gRPC; -1: not at all.", rich_help_panel=ADDRESS)
+    ] = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Serve other machines without a key.", rich_help_panel=ADDRESS)
+    ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="What the first model is called; may be repeated, all names count.", rich_help_panel=MODEL),
+    ] = None,
+    strict_names: Annotated[
+        bool | None,
+        typer.Option(
+            "--strict-names", help="Do not answer to the ids that hosted services had.", rich_help_panel=MODEL
+        ),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="As for generate.", rich_help_panel=MODEL)] = None,
+    device: Annotated[str | None, typer.Option(help="As for generate.", rich_help_panel=MODEL)] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each model.", rich_help_panel=MODEL)] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Guess ahead: auto, ngram, or a model.", rich_help_panel=MODEL)
+    ] = None,
+    max_running: Annotated[
+        int | None, typer.Option(help="Sequences that a model works on together.", rich_help_panel=LOAD)
+    ] = None,
+    max_queue: Annotated[int | None, typer.Option(help="Sequences that may wait.", rich_help_panel=LOAD)] = None,
+    request_timeout: Annotated[float | None, typer.Option(help="Seconds.", rich_help_panel=LOAD)] = None,
+    drain: Annotated[
+        float | None, typer.Option(help="Seconds that running requests get at the end.", rich_help_panel=LOAD)
+    ] = None,
+    database: Annotated[
+        str | None,
+        typer.Option(help="postgresql://… or a file; SQLite in your home if none.", rich_help_panel=ACCOUNTS),
+    ] = None,
+    journal: Annotated[
+        Path | None, typer.Option(help="Folder for usage on its way to the database.", rich_help_panel=ACCOUNTS)
+    ] = None,
+    keep_flagged: Annotated[
+        bool | None,
+        typer.Option("--keep-flagged", help="Keep what a filter flags, for review.", rich_help_panel=ACCOUNTS),
+    ] = None,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="A JSON object each line.", rich_help_panel=ACCOUNTS)
+    ] = False,
+    log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING.", rich_help_panel=ACCOUNTS)] = "INFO",
+    ready_file: Annotated[
+        Path | None, typer.Option(help="Written when all models are ready: its URLs as JSON.", rich_help_panel=ADDRESS)
+    ] = None,
+) -> None:
+    """Serve GPT-J and GPT-Neo: KServe, Open Inference, Baseten, Neuro and OpenAI, on one port.
+
+    What flags do not say, the settings file may: [server], [models.NAME], [plans.NAME], [filters.NAME].
+    """
+    settings = load_settings({"dtype": dtype, "device": device, "threads": threads, "database": database})
+    flags = {
+        "host": host,
+        "port": port,
+        "grpc_port": grpc_port,
+        "strict_names": strict_names,
+        "insecure": insecure,
+        "max_running": max_running,
+        "max_queue": max_queue,
+        "request_timeout_s": request_timeout,
+        "drain_s": drain,
+        "keep_flagged": keep_flagged,
+    }
+    tables = settings_tables()
+    options = _options(tables.get("server", {}), flags)
+    offered = _models(models or [], name or [], tables.get("models", {}), settings, draft)
+    from bluejay.server.logs import set_up_logs
+
+    set_up_logs(as_json=log_json, level=log_level)
+    asyncio.run(_serve(options, offered, settings, tables, journal, ready_file))
+
+
+def _options(table: dict[str, Any], flags: dict[str, Any]) -> ServerOptions:
+    from bluejay.server.options import ServerOptions
+
+    known = {field.name for field in dataclasses.fields(ServerOptions)}
+    if unknown := sorted(set(table) - known):
+        raise ConfigError(f"[server] has unknown settings: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    values = {**table, **{key: value for key, value in flags.items() if value is not None}}
+    if values.get("grpc_port") == -1:
+        values["grpc_port"] = None
+    return ServerOptions(**values)
+
+
+def _models(
+    named: list[str], names: list[str], tables: dict[str, Any], settings: Settings, draft: str | None
+) -> list[ModelOptions]:
+    """What is offered: by the command line; else by [models.NAME] of the settings file; else the settings' model."""
+    from bluejay.server.options import ModelOptions
+
+    if not named and tables:
+        return [_table_model(name, table) for name, table in tables.items()]
+    offered = []
+    for text in named or [settings.model]:
+        called, is_pair, source = text.partition("=")
+        source = source if is_pair else text
+        called = called if is_pair else "bluejay" if source == "default" else Path(source).name or source
+        offered.append(ModelOptions(called, source, draft=draft))
+    if names:
+        offered[0] = dataclasses.replace(offered[0], name=names[0], aliases=tuple(names[1:]))
+    return offered
+
+
+def _table_model(name: str, table: Any) -> ModelOptions:
+    from bluejay.server.options import ModelOptions
+
+    known = {"source", "aliases", "defaults", "draft"}
+    if not isinstance(table, dict) or set(table) - known or not isinstance(table.get("source"), str):
+        raise ConfigError(f"[models.{name}]: expected source = PATH OR NAME, and perhaps aliases, defaults, draft")
+    return ModelOptions(
+        name, table["source"], tuple(table.get("aliases", ())), table.get("defaults", {}), table.get("draft")
+    )
+
+
+async def _serve(
+    options: ServerOptions,
+    models: list[ModelOptions],
+    settings: Settings,
+    tables: dict[str, Any],
+    journal: Path | None,
+    ready_file: Path | None,
+) -> None:
+    from bluejay.accounts.ledger import Ledger
+    from bluejay.accounts.plans import read_plans
+    from bluejay.accounts.store import Store
+    from bluejay.server.serving import Server, write_ready_file
+
+    plans = read_plans(tables.get("plans", {}))
+    store = Store.open(settings.database or None)
+    try:
+        ledger = Ledger(journal, store)
+        try:
+            server = Server(
+                options,
+                models,
+                store=store,
+                ledger=ledger,
+                plans=plans,
+                dtype=settings.dtype,
+                device=settings.device,
+                threads=settings.threads,
+            )
+            url = server.listen()
+            _greet(url, server)
+
+            def ready() -> None:
+                typer.echo(f"ready: {', '.join(model.name for model in server.models)}", err=True)
+                if ready_file is not None:
+                    write_ready_file(ready_file, url, None)
+
+            await server.run(ready)
+        finally:
+            ledger.close()
+    finally:
+        store.close()
+
+
+def _greet(url: str, server: Any) -> None:
+    typer.echo(f"Bluejay listens on {url}", err=True)
+    if server.house.door.is_open:
+        reach = "this machine" if server.options.is_loopback else "EVERYBODY who reaches this address"
+        typer.echo(f"There is no key yet: it is open to {reach}. To ask for keys: bluejay keys create NAME", err=True)
+    sys.stderr.flush()

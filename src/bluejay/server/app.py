@@ -1,0 +1,41 @@
+"""The one place that wires: routes of all dialects, what happens where no route is, what every answer carries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastapi import APIRouter, FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from bluejay import __version__
+from bluejay.server import health
+from bluejay.server.call import House, json_response
+from bluejay.server.dialects import kserve_v1, listing
+
+# Each dialect is a file; none knows another. Where paths overlap, the first that fits is taken.
+DIALECTS: tuple[Callable[[House], APIRouter], ...] = (health.routes, kserve_v1.routes, listing.routes)
+
+
+def create_app(house: House) -> FastAPI:
+    """The ASGI application of a server."""
+    app = FastAPI(
+        title="Bluejay",
+        version=__version__,
+        description="GPT-J and GPT-Neo, in every dialect in which they were ever served.",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
+    for routes in DIALECTS:
+        app.include_router(routes(house))
+    app.add_exception_handler(HTTPException, _no_route)
+    return app
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """A path or a method that no dialect has, in the words that FastAPI, and so KServe and Truss, have for it."""
+    assert isinstance(error, HTTPException)
+    return json_response({"detail": error.detail}, error.status_code, error.headers)

@@ -1,0 +1,448 @@
+"""One call of one route: who calls, what the body says, how to answer. Handlers of all dialects take one.
+
+@routes.post("/v1/things", **documented(Thing, ThingList))
+@access(Access.USER)
+async def things(call: TheCall) -> Response:
+    asked = await call.read(Thing)
+    run = await call.begin(asked.model, [Item(asked.prompt, asked.params())])
+    return call.reply({"things": [output.text for output in await call.finish(run)]})
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import re
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+import structlog
+from fastapi import Depends
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from bluejay.accounts.store import Store
+from bluejay.engine.request import RequestOutput
+from bluejay.errors import EngineError, InvalidRequest, Overloaded
+from bluejay.server.auth import Access, Door, Principal
+from bluejay.server.errors import ClientGone, Failure, TooLarge, TooSlow, failure_of
+from bluejay.server.generation import Asked, Caller, Item, Run, Service
+from bluejay.server.models import Models, ServedModel
+from bluejay.server.options import ServerOptions
+
+Body = TypeVar("Body", bound=BaseModel)
+Handler = Callable[..., Coroutine[Any, Any, Response]]
+Render = Callable[[Failure], Any]
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+MAX_TOLD = 8  # problems of one body; the first ones are what helps
+
+_log = logging.getLogger("bluejay.server")
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A way of speaking.
+
+    Attributes:
+        name: in metrics, logs and the ledger.
+        render: from a failure to the JSON that tells of it.
+        status: the HTTP status that this dialect has for a failure, where it is not the failure's own.
+        headers: beside the failure's own.
+    """
+
+    name: str
+    render: Render
+    status: Callable[[Failure], int] | None = None
+    headers: Callable[[Failure], Mapping[str, str]] | None = None
+
+    def answer(self, failure: Failure) -> Response:
+        """What is sent."""
+        status = failure.status if self.status is None else self.status(failure)
+        own = {} if self.headers is None else self.headers(failure)
+        return json_response(self.render(failure), status, {**failure.headers, **own})
+
+
+@dataclass
+class Life:
+    """Where a server is in its life.
+
+    Attributes:
+        draining: it was told to end, and finishes what runs.
+        hurried: it was told twice.
+    """
+
+    draining: bool = False
+    hurried: bool = False
+
+
+@dataclass(frozen=True)
+class House:
+    """What all calls share; made once, where the server is started.
+
+    Attributes:
+        store: projects, keys, usage, what filters flagged.
+    """
+
+    options: ServerOptions
+    models: Models
+    service: Service
+    door: Door
+    store: Store
+    life: Life
+
+
+class Call:
+    """One call. Handlers get it as their argument.
+
+    Attributes:
+        request: Starlette's.
+        house: what all calls share.
+        dialect: whose route this is.
+        caller: who calls, and the request's id.
+    """
+
+    def __init__(self, request: Request, house: House, dialect: Dialect, caller: Caller) -> None:
+        self.request = request
+        self.house = house
+        self.dialect = dialect
+        self.caller = caller
+
+    @property
+    def principal(self) -> Principal:
+        return self.caller.principal
+
+    async def body(self) -> bytes:
+        """All bytes of the body. Raises: TooLarge, TooSlow, ClientGone."""
+        options = self.house.options
+        told = self.request.headers.get("content-length", "")
+        if told.isascii() and told.isdigit() and int(told[:20]) > options.max_body_bytes:
+            raise _too_large(options.max_body_bytes)
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(options.body_timeout_s):
+                async for part in self.request.stream():
+                    size += len(part)
+                    if size > options.max_body_bytes:
+                        raise _too_large(options.max_body_bytes)
+                    parts.append(part)
+        except TimeoutError:
+            raise TooSlow(f"the body did not come within {options.body_timeout_s:g} s") from None
+        except ClientDisconnect:
+            raise ClientGone("the client went before its request was read") from None
+        return b"".join(parts)
+
+    async def json(self) -> Any:
+        """The body as JSON, whatever its type is called. Raises: InvalidRequest, and as `body`."""
+        return read_json(await self.body())
+
+    async def read(self, kind: type[Body]) -> Body:
+        """The body as a pydantic model. Raises: InvalidRequest with everything that is wrong, and as `body`."""
+        return checked(kind, await self.json())
+
+    def find(self, name: str | None, *, any_id: bool = False) -> ServedModel:
+        """The model of a name. Raises: ModelNotFound."""
+        return self.house.models.find(name, any_id=any_id)
+
+    async def begin(self, model: ServedModel, items: Sequence[Item], *, asked_model: str | None = None) -> Run:
+        """Admit a request; give the run to `finish` or `stream`, which close it. Raises: as `Service.begin`."""
+        asked = Asked(model, items, self.dialect.name, model.name if asked_model is None else asked_model)
+        structlog.contextvars.bind_contextvars(model=model.name)
+        return await self.house.service.begin(self.caller, asked)
+
+    async def finish(self, run: Run) -> list[RequestOutput]:
+        """Everything that comes, at its end; one output for each prompt. Counts as delivered.
+
+        Raises: EngineError, Overloaded if it takes longer than the server allows, ClientGone.
+        """
+        try:
+            async with until_gone(self.request.receive), self._deadline():
+                outputs = await run.outputs()
+            run.deliver()
+            return outputs
+        finally:
+            run.close()
+
+    def stream(
+        self,
+        run: Run,
+        chunks: AsyncGenerator[bytes, None],
+        *,
+        on_failure: Callable[[Failure], bytes],
+        media_type: str = "text/event-stream",
+    ) -> Response:
+        """Send chunks as they come.
+
+        Args:
+            chunks: made of `run.events()`; what the model has said when a chunk comes counts as delivered with it.
+            on_failure: the last chunk, where something goes wrong on the way.
+        """
+        return _Stream(self, run, chunks, on_failure, media_type)
+
+    def reply(self, content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+        """An answer in JSON."""
+        return json_response(content, status, headers)
+
+    @asynccontextmanager
+    async def _deadline(self) -> AsyncIterator[None]:
+        limit_s = self.house.options.request_timeout_s
+        try:
+            async with asyncio.timeout(max(0.0, self.caller.received_s + limit_s - time.monotonic())):
+                yield
+        except TimeoutError:
+            raise Overloaded(f"the request was not done within {limit_s:g} s; ask for less, or later", 5.0) from None
+
+
+class _Stream(Response):
+    """Chunks as they come; a client that goes, or does not read, ends them."""
+
+    def __init__(
+        self,
+        call: Call,
+        run: Run,
+        chunks: AsyncGenerator[bytes, None],
+        on_failure: Callable[[Failure], bytes],
+        media_type: str,
+    ) -> None:
+        super().__init__(None, 200, {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type)
+        del self.headers["content-length"]
+        self._call = call
+        self._run = run
+        self._chunks = chunks
+        self._on_failure = on_failure
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with until_gone(receive):
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                try:
+                    async with self._call._deadline(), aclosing(self._chunks) as chunks:
+                        async for chunk in chunks:
+                            self._run.deliver()
+                            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                except Exception as error:
+                    note_failure(error, self._call.caller.request_id)
+                    last = self._on_failure(failure_of(error))
+                    await send({"type": "http.response.body", "body": last, "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except ClientGone:
+            pass
+        finally:
+            self._run.close()
+
+
+@asynccontextmanager
+async def until_gone(receive: Receive) -> AsyncIterator[None]:
+    """Run the body while the client is there. Raises: ClientGone as soon as it goes."""
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not gone or task.uncancel() > 0:
+            raise
+        raise ClientGone("the client went before it was answered") from None
+    finally:
+        watcher.cancel()
+
+
+def access(needed: Access) -> Callable[[Handler], Handler]:
+    """Say what a route asks of who calls it; without, the route cannot be made."""
+
+    def mark(handler: Handler) -> Handler:
+        handler.access = needed  # type: ignore[attr-defined]
+        return handler
+
+    return mark
+
+
+def route_class(house: House, dialect: Dialect) -> type[APIRoute]:
+    """The class of a dialect's routes: each call is admitted first, and whatever fails is told in the dialect's way."""
+
+    class Route(APIRoute):
+        def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+            if not isinstance(needed := getattr(endpoint, "access", None), Access):
+                raise TypeError(f"{path}: {endpoint.__name__} has no @access(…): who may call it?")
+            self.access = needed
+            super().__init__(path, endpoint, **options)
+
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle, needed = super().get_route_handler(), self.access
+
+            async def guarded(request: Request) -> Response:
+                return await _guarded(request, handle, needed, house, dialect)
+
+            return guarded
+
+    return Route
+
+
+async def _guarded(
+    request: Request,
+    handle: Callable[[Request], Coroutine[Any, Any, Response]],
+    needed: Access,
+    house: House,
+    dialect: Dialect,
+) -> Response:
+    began_s = time.monotonic()
+    request_id = _request_id(request)
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(request_id=request_id, dialect=dialect.name)
+    try:
+        principal = await house.door.admit(needed, request.headers)
+        request.state.call = Call(request, house, dialect, Caller(principal, request_id, began_s))
+        response = await handle(request)
+    except ClientGone:
+        response = Response(status_code=499)  # nobody reads it
+    except Exception as error:
+        note_failure(error, request_id)
+        response = dialect.answer(failure_of(error))
+    response.headers["X-Request-Id"] = request_id
+    house.service.metrics.answered(dialect.name, response.status_code)
+    if needed is not Access.PUBLIC:
+        _log.info(
+            "%s %s %d",
+            request.method,
+            request.url.path,
+            response.status_code,
+            extra={"took_ms": round(1e3 * (time.monotonic() - began_s), 1)},
+        )
+    return response
+
+
+def _the_call(request: Request) -> Call:
+    call: Call = request.state.call
+    return call
+
+
+TheCall = Annotated[Call, Depends(_the_call)]
+
+
+def documented(
+    asked: type[BaseModel] | Mapping[str, Any] | None, answered: type[BaseModel] | Mapping[str, Any] | None, **more: Any
+) -> dict[str, Any]:
+    """What the schema says of a route that reads its body itself: pydantic models, or JSON schemas."""
+    extra: dict[str, Any] = dict(more.pop("openapi_extra", {}))
+    if asked is not None:
+        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": _schema(asked)}}}
+    responses = dict(more.pop("responses", {}))
+    if answered is not None:
+        responses[200] = {"description": "Done", "content": {"application/json": {"schema": _schema(answered)}}}
+    return {"openapi_extra": extra, "responses": responses, "response_model": None, **more}
+
+
+def _schema(kind: type[BaseModel] | Mapping[str, Any]) -> dict[str, Any]:
+    """A schema that stands by itself: what pydantic keeps aside is put where it is referred to."""
+    if isinstance(kind, Mapping):
+        return dict(kind)
+    schema = kind.model_json_schema()
+    aside = schema.pop("$defs", {})
+
+    def whole(node: Any) -> Any:
+        if isinstance(node, dict):
+            if "$ref" in node:
+                return whole(aside[node["$ref"].rpartition("/")[2]])
+            return {key: whole(value) for key, value in node.items()}
+        return [whole(value) for value in node] if isinstance(node, list) else node
+
+    found: dict[str, Any] = whole(schema)
+    return found
+
+
+def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """JSON, with its length told; text in it stays readable, and what is no Unicode is escaped."""
+    try:
+        body = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        body = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+    return Response(body, status, dict(headers or {}), "application/json")
+
+
+def read_json(body: bytes) -> Any:
+    """What the bytes say in JSON. Raises: InvalidRequest, with the place that is wrong."""
+    if not body.strip():
+        raise InvalidRequest("the body is empty, expected JSON")
+    try:
+        return json.loads(body, parse_constant=_no_number, parse_float=_finite)
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is no valid {error.encoding}, at byte {error.start}") from None
+    except ValueError as error:  # JSONDecodeError, and whole numbers of thousands of digits
+        raise InvalidRequest(f"the body is no JSON: {error}") from None
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:40]} is larger than any number here")
+    return value
+
+
+def checked(kind: type[Body], value: Any) -> Body:
+    """The value as a pydantic model. Raises: InvalidRequest with everything that is wrong; its param is the first."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False)
+        told = [f"{_place(problem['loc'])}{problem['msg']}{_shown(problem)}" for problem in problems[:MAX_TOLD]]
+        if len(problems) > MAX_TOLD:
+            told.append(f"and {len(problems) - MAX_TOLD:,} more")
+        first = problems[0]["loc"]
+        raise InvalidRequest("; ".join(told), str(first[0])[:100] if first else None) from None
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    return ".".join(str(part)[:100] for part in loc) + ": " if loc else ""
+
+
+def _shown(problem: Any) -> str:
+    if problem["type"] in ("missing", "extra_forbidden") or isinstance(problem["input"], dict | list):
+        return ""
+    return (
+        f", got {str(problem['input'])[:80]!r}"
+        if isinstance(problem["input"], str)
+        else f", got {problem['input']}"[:100]
+    )
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"the body is larger than {limit:,} bytes; send less at a time")
+
+
+def _request_id(request: Request) -> str:
+    """The server's own name of a request; what the caller calls it is kept in front, where that is harmless."""
+    own = uuid.uuid4().hex
+    theirs = request.headers.get("x-request-id", "")
+    return f"{theirs}-{own[:12]}" if REQUEST_ID.fullmatch(theirs) else own
+
+
+def note_failure(error: BaseException, request_id: str) -> None:
+    """Log what went wrong: with where, if it is a mistake of ours."""
+    failure = failure_of(error)
+    if failure.status >= 500 and not isinstance(error, EngineError) and failure.status not in (501, 503):
+        _log.error("request %s failed", request_id, exc_info=error)
+    else:
+        _log.info("refused: %s", failure.kind, extra={"status": failure.status, "param": failure.param})

@@ -1,0 +1,1 @@
+"""The protocols: each file reads one's bodies and renders its answers; none knows another."""

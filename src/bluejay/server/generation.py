@@ -1,0 +1,377 @@
+"""From what a dialect has read to the events that it renders: bound, count, admit, generate, meter.
+
+Every dialect comes through here, and so does everybody else who generates on the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+from bluejay.accounts.ledger import Ledger
+from bluejay.accounts.records import Outcome
+from bluejay.accounts.records import Usage as UsageRecord
+from bluejay.accounts.store import Store
+from bluejay.decoding.params import SamplingParams
+from bluejay.decoding.stopping import FinishReason
+from bluejay.engine.request import GenerationEvent, GenerationRequest, RequestOutput, Usage
+from bluejay.errors import ContextLengthExceeded, EngineError, Forbidden, InvalidRequest, StoreError
+from bluejay.server.auth import Principal
+from bluejay.server.filters import Filters
+from bluejay.server.limits import Limits
+from bluejay.server.metrics import Metrics
+from bluejay.server.models import ServedModel
+from bluejay.server.options import ServerOptions
+from bluejay.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+_log = logging.getLogger("bluejay.server")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt and how to go on from it."""
+
+    prompt: Prompt
+    params: SamplingParams
+
+    @property
+    def num_sequences(self) -> int:
+        """Rows of the engine's batch that it takes."""
+        return max(self.params.num_beams, self.params.num_return_sequences)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a dialect has read from a request.
+
+    Attributes:
+        model: who is to answer.
+        items: prompts, at least one.
+        dialect: the dialect's name.
+        asked_model: the model's name as the caller said it.
+    """
+
+    model: ServedModel
+    items: Sequence[Item]
+    dialect: str
+    asked_model: str
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks.
+
+    Attributes:
+        request_id: names the request in answers, logs and the ledger.
+        received_s: when it came, by time.monotonic().
+    """
+
+    principal: Principal
+    request_id: str
+    received_s: float = field(default_factory=time.monotonic)
+
+
+class Service:
+    """Generates for callers.
+
+    Args:
+        options: bounds.
+        store: where today's usage is looked up, once for each project.
+        limits: what plans admit.
+        ledger: where usage is written.
+        filters: what looks at answers before they leave.
+        metrics: what counts.
+    """
+
+    def __init__(
+        self,
+        options: ServerOptions,
+        store: Store,
+        *,
+        limits: Limits,
+        ledger: Ledger,
+        filters: Filters,
+        metrics: Metrics,
+    ) -> None:
+        self.options = options
+        self.limits = limits
+        self.ledger = ledger
+        self.filters = filters
+        self.metrics = metrics
+        self.running: set[Run] = set()
+        self._store = store
+        self._recalling: dict[str, asyncio.Task[None]] = {}
+        # One is enough: the library itself encodes several texts on several threads.
+        self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+
+    async def begin(self, caller: Caller, asked: Asked) -> Run:
+        """Admit a request; the caller iterates over the run's events and closes it.
+
+        Raises: RequestError for what cannot be served as asked, Forbidden, QuotaExceeded, Overloaded.
+        """
+        plan = caller.principal.plan
+        if plan.models is not None and asked.model.name not in plan.models:
+            raise Forbidden(f"the plan {plan.name} does not have the model {asked.model.name}")
+        tokenizer, facts = asked.model.opened()
+        self._bound(asked.items)
+        await self._recall(caller.principal.project_id)
+        prompts = await self.encode(tokenizer, [item.prompt for item in asked.items], facts.n_positions)
+        self._bound_tokens(asked.items, prompts, facts.n_positions)
+        return Run(self, caller, asked, prompts)
+
+    async def _recall(self, project_id: str | None) -> None:
+        """Count what a project spent today before this server began; once, whoever asks first."""
+        if project_id is None or self.limits.knows(project_id):
+            return
+        task = self._recalling.get(project_id)
+        if task is None:
+            task = self._recalling[project_id] = asyncio.create_task(self._look_up_today(project_id))
+            task.add_done_callback(lambda _: self._recalling.pop(project_id, None))
+        await asyncio.shield(task)
+
+    async def _look_up_today(self, project_id: str) -> None:
+        today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+        try:
+            total = await asyncio.to_thread(self._store.usage_since, project_id, today)
+        except StoreError as error:  # the limits of the day then begin with this server
+            _log.warning("the usage of today is not known: %s", error)
+            self.limits.restore(project_id, 0, 0)
+        else:
+            self.limits.restore(project_id, total.num_requests, total.num_tokens)
+
+    async def encode(self, tokenizer: Tokenizer, prompts: Sequence[Prompt], n_positions: int) -> list[list[int]]:
+        """Token ids of each prompt, <|endoftext|> for an empty text; the loop goes on meanwhile.
+
+        Raises: InvalidRequest, ContextLengthExceeded.
+        """
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        # No token has more bytes than the longest one: what is longer than that need not be counted.
+        most = n_positions * tokenizer.longest_token_bytes
+        if too_long := [text for text in texts if len(text) > most]:
+            raise ContextLengthExceeded(
+                f"the prompt has {len(too_long[0]):,} characters, more than {n_positions:,} tokens can say", "prompt"
+            )
+        loop = asyncio.get_running_loop()
+        encoded = iter(await loop.run_in_executor(self._tokenising, tokenizer.encode_batch, texts) if texts else [])
+        start = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        return [(next(encoded) if isinstance(prompt, str) else list(prompt)) or start for prompt in prompts]
+
+    def _bound(self, items: Sequence[Item]) -> None:
+        """Raises: InvalidRequest for more than one request may ask, before anything is made for it."""
+        options = self.options
+        if not items:
+            raise InvalidRequest("there is no prompt; give at least one", "prompt")
+        if len(items) > options.max_prompts:
+            raise InvalidRequest(
+                f"there are {len(items):,} prompts, expected at most {options.max_prompts:,} in one request", "prompt"
+            )
+        if (num_sequences := sum(item.num_sequences for item in items)) > options.max_sequences:
+            raise InvalidRequest(
+                f"the request asks for {num_sequences:,} answers or beams, expected at most {options.max_sequences:,}",
+                "n",
+            )
+        for item in items:
+            for name in ("logprobs", "prompt_logprobs"):
+                if (getattr(item.params, name) or 0) > options.max_logprobs:
+                    raise InvalidRequest(
+                        f"{name} is {getattr(item.params, name):,}, expected at most {options.max_logprobs}", "logprobs"
+                    )
+
+    def _bound_tokens(self, items: Sequence[Item], prompts: Sequence[Sequence[int]], n_positions: int) -> None:
+        total = 0
+        for item, prompt in zip(items, prompts, strict=True):
+            params = item.params
+            length = params.max_length if params.max_new_tokens is None else len(prompt) + params.max_new_tokens
+            total += len(prompt) + item.num_sequences * max(0, min(length or n_positions, n_positions) - len(prompt))
+        if total > self.options.max_tokens:
+            raise InvalidRequest(
+                f"the request could take {total:,} tokens, expected at most {self.options.max_tokens:,}: ask for fewer "
+                "prompts, fewer answers or shorter ones",
+                "max_tokens",
+            )
+
+
+class Run:
+    """A request that was admitted, to be iterated over once; `close` it, however that ended.
+
+    Attributes:
+        caller, asked: who asked, and what.
+        prompts: token ids of each prompt.
+        num_generated, num_delivered: tokens of answers that came, and that went on to the caller.
+        usages: of prompts that have ended, by their place.
+    """
+
+    def __init__(self, service: Service, caller: Caller, asked: Asked, prompts: list[list[int]]) -> None:
+        self.caller = caller
+        self.asked = asked
+        self.prompts = prompts
+        self.num_generated = 0
+        self.num_delivered = 0
+        self.usages: dict[int, Usage] = {}
+        self._service = service
+        self._failed = False
+        self._first_token_s: float | None = None
+        self._began_at = datetime.now(UTC)
+        self._places = ExitStack()
+        self._enter()
+
+    def _enter(self) -> None:
+        """Take a place among the project's requests and in the model's queue, and open the account."""
+        service, principal, asked = self._service, self.caller.principal, self.asked
+        with ExitStack() as places:
+            places.enter_context(service.limits.request(principal.project_id or "", principal.plan))
+            num_sequences = sum(item.num_sequences for item in asked.items)
+            asked.model.gate.enter(num_sequences)
+            places.callback(asked.model.gate.leave, num_sequences)
+            self._open_account()
+            service.running.add(self)
+            places.callback(service.running.discard, self)
+            self._places = places.pop_all()
+        service.limits.spend(principal.project_id or "", self.num_prompt_tokens)
+        service.metrics.begun(self)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+    @property
+    def usage(self) -> Usage:
+        """Of all prompts together, as far as it is known."""
+        usages = self.usages.values()
+        return Usage(
+            prompt_tokens=self.num_prompt_tokens,
+            cached_tokens=sum(usage.cached_tokens for usage in usages),
+            generated_tokens=self.num_generated,
+        )
+
+    async def events(self) -> AsyncGenerator[GenerationEvent, None]:
+        """What comes, as it comes; an event's `request` is its prompt's place. To be closed by who iterates."""
+        rules = self._service.filters.of(self.asked.model.name)
+        source = self._merged() if len(self.prompts) > 1 else self._single(0)
+        if rules is not None:
+            source = rules.watch(self, source)
+        async with aclosing(source) as events:
+            async for event in events:
+                self._note(event)
+                yield event
+
+    async def outputs(self) -> list[RequestOutput]:
+        """Everything at the end: one output for each prompt. Raises: EngineError if one could not be finished."""
+        requests = [self._request(place) for place in range(len(self.prompts))]
+        outputs = [RequestOutput.blank(request) for request in requests]
+        async with aclosing(self.events()) as events:
+            async for event in events:
+                if event.error is not None:
+                    raise EngineError(event.error)
+                outputs[event.request].add(event)
+        return outputs
+
+    def deliver(self) -> None:
+        """Note that what came so far goes to the caller now; to be called before it is sent."""
+        if self.num_generated > self.num_delivered:
+            self.num_delivered = self.num_generated
+            self._service.ledger.progress(self.caller.request_id, self.num_delivered)
+
+    def close(self) -> None:
+        """Close the account and give the places back. May be called again."""
+        service = self._service
+        if self not in service.running:
+            return
+        ended = len(self.usages) == len(self.prompts)
+        outcome: Outcome = "error" if self._failed else "completed" if ended else "cancelled"
+        with self._places:
+            service.ledger.end(self._record(outcome))
+            service.limits.spend(self.caller.principal.project_id or "", self.num_delivered)
+            service.metrics.ended(self, outcome)
+
+    def _open_account(self) -> None:
+        principal = self.caller.principal
+        self._service.ledger.begin(
+            self.caller.request_id,
+            principal.project_id,
+            principal.key_id,
+            self.asked.dialect,
+            self.asked.asked_model,
+            self.asked.model.name,
+            self.num_prompt_tokens,
+            self._began_at,
+        )
+
+    def _record(self, outcome: Outcome) -> UsageRecord:
+        principal = self.caller.principal
+        return UsageRecord(
+            request_id=self.caller.request_id,
+            project_id=principal.project_id,
+            key_id=principal.key_id,
+            dialect=self.asked.dialect,
+            model=self.asked.asked_model,
+            served_model=self.asked.model.name,
+            prompt_tokens=self.num_prompt_tokens,
+            cached_tokens=self.usage.cached_tokens,
+            generated_tokens=self.num_delivered,
+            started_at=self._began_at,
+            ended_at=datetime.now(UTC),
+            first_token_s=self._first_token_s,
+            outcome=outcome,
+        )
+
+    def _request(self, place: int) -> GenerationRequest:
+        principal = self.caller.principal
+        return GenerationRequest(
+            self.prompts[place],
+            self.asked.items[place].params,
+            priority=principal.plan.priority,
+            tenant=principal.project_id or "",
+        )
+
+    async def _single(self, place: int) -> AsyncGenerator[GenerationEvent, None]:
+        async with aclosing(self.asked.model.engine.generate(self._request(place))) as events:
+            async for event in events:
+                yield replace(event, request=place) if place else event
+
+    async def _merged(self) -> AsyncGenerator[GenerationEvent, None]:
+        """The events of all prompts, in the order of their coming."""
+        queue: asyncio.Queue[GenerationEvent | None] = asyncio.Queue()
+
+        async def pump(place: int) -> None:
+            try:
+                async with aclosing(self._single(place)) as events:
+                    async for event in events:
+                        queue.put_nowait(event)
+            finally:
+                queue.put_nowait(None)
+
+        pumps = [asyncio.create_task(pump(place)) for place in range(len(self.prompts))]
+        try:
+            left = len(pumps)
+            while left:
+                event = await queue.get()
+                if event is not None:
+                    yield event
+                    continue
+                left -= 1
+                for task in pumps:
+                    if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+                        raise error
+        finally:
+            for task in pumps:
+                task.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+    def _note(self, event: GenerationEvent) -> None:
+        self.num_generated += len(event.token_ids)
+        if self._first_token_s is None and event.token_ids:
+            self._first_token_s = time.monotonic() - self.caller.received_s
+            self._service.metrics.first_token(self, self._first_token_s)
+        if event.finish_reason is FinishReason.ERROR:
+            self._failed = True
+        if event.usage is not None:
+            self.usages[event.request] = event.usage

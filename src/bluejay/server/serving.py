@@ -1,0 +1,200 @@
+"""A server's life: listen, load, serve, and end without a request being lost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from bluejay.accounts.ledger import Ledger
+from bluejay.accounts.plans import Plan
+from bluejay.accounts.store import Store
+from bluejay.engine.client import EngineClient
+from bluejay.engine.options import EngineOptions
+from bluejay.errors import ConfigError
+from bluejay.server.app import create_app
+from bluejay.server.auth import Door
+from bluejay.server.call import House, Life
+from bluejay.server.filters import Filters
+from bluejay.server.generation import Service
+from bluejay.server.limits import Gate, Limits
+from bluejay.server.metrics import Metrics
+from bluejay.server.models import Models, ServedModel
+from bluejay.server.options import ModelOptions, ServerOptions
+from bluejay.server.protocol import BoundedProtocol
+
+_log = logging.getLogger("bluejay.server")
+
+
+class Server:
+    """Everything that serves, from the socket to the engines.
+
+    Args:
+        options: how it behaves.
+        models: what it offers.
+        store, ledger: accounts, and where usage is written; closed by who made them.
+        plans: by name.
+        engine_options, dtype, device, threads: of every engine.
+        filters: what looks at answers.
+
+    Raises: ConfigError for names that clash, or an address that others reach while there is no key.
+    """
+
+    def __init__(
+        self,
+        options: ServerOptions,
+        models: Sequence[ModelOptions],
+        *,
+        store: Store,
+        ledger: Ledger,
+        plans: dict[str, Plan],
+        engine_options: EngineOptions | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        threads: int = 0,
+        filters: Filters | None = None,
+    ) -> None:
+        engine_options = replace(engine_options or EngineOptions(), max_num_sequences=options.max_running)
+        open_to_all = not store.has_keys()
+        if open_to_all and not options.is_loopback and not options.insecure:
+            raise ConfigError(
+                f"host is {options.host}, which others reach, and there is no key yet; make one (bluejay keys "
+                "create NAME) "
+                "or say --insecure to serve everybody"
+            )
+
+        def serve(model: ModelOptions) -> ServedModel:
+            def make() -> EngineClient:
+                return EngineClient(
+                    model.source, dtype=dtype, device=device, threads=threads, options=engine_options, draft=model.draft
+                )
+
+            return ServedModel(model, make, Gate(options.max_running, options.max_queue))
+
+        self.options = options
+        self.models = Models(map(serve, models), strict_names=options.strict_names)
+        self.service = Service(
+            options, store, limits=Limits(), ledger=ledger, filters=filters or Filters(), metrics=Metrics()
+        )
+        door = Door(None if open_to_all else store, plans, open_to_admin=options.is_loopback)
+        self.house = House(options, self.models, self.service, door, store, Life())
+        self.app = create_app(self.house)
+        self._sockets: list[socket.socket] = []
+        self._asked_to_end = asyncio.Event()
+
+    def listen(self) -> str:
+        """Take the port; the URL that reaches it. Raises: ConfigError if it is taken or not ours to take."""
+        options = self.options
+        try:
+            family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+            listening = socket.socket(family, socket.SOCK_STREAM)
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((options.host, options.port))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"cannot listen on {options.host} port {options.port}: {getattr(error, 'strerror', None) or error}; "
+                "choose another: --port N"
+            ) from None
+        self._sockets = [listening]
+        port = listening.getsockname()[1]
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        return f"http://{host}:{port}"
+
+    async def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Serve until SIGTERM or SIGINT, then until what runs has ended; a second signal ends it at once.
+
+        Args:
+            on_ready: called when all models are.
+        Raises: what loading a model raises.
+        """
+        loop = asyncio.get_running_loop()
+        http = _Http(_uvicorn_config(self.app, self.options))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end, http)
+        async with AsyncExitStack() as stack:
+            serving = asyncio.create_task(http.serve(sockets=self._sockets))
+            stack.push_async_callback(_finish, http, serving)
+            for model in self.models:
+                stack.push_async_callback(model.close)
+            loading = asyncio.gather(*(model.begin() for model in self.models))
+            ending = asyncio.create_task(self._asked_to_end.wait())
+            first: set[asyncio.Future[Any]] = {loading, ending, serving}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                loading.result()
+                on_ready()
+            else:
+                loading.cancel()
+            await asyncio.wait([ending, serving], return_when=asyncio.FIRST_COMPLETED)
+            ending.cancel()
+            await self._drain(http)
+
+    def _end(self, http: uvicorn.Server) -> None:
+        if self.house.life.draining:
+            http.force_exit = True
+            self.house.life.hurried = True
+        self.house.life.draining = True
+        self._asked_to_end.set()
+
+    async def _drain(self, http: uvicorn.Server) -> None:
+        """Say "not ready" for a while, take what comes meanwhile, then stop listening and finish what runs."""
+        loop, options = asyncio.get_running_loop(), self.options
+        deadline_s = loop.time() + options.drain_s
+        farewell_s = loop.time() + min(options.farewell_s, options.drain_s)
+        while loop.time() < farewell_s and not self.house.life.hurried:
+            await asyncio.sleep(0.02)
+        http.should_exit = True
+        while self.service.running and loop.time() < deadline_s and not self.house.life.hurried:
+            await asyncio.sleep(0.02)
+        if self.service.running:
+            _log.warning("ending with %d requests unfinished", len(self.service.running))
+
+
+class _Http(uvicorn.Server):
+    """Uvicorn without its own signals: `Server` has them."""
+
+    def capture_signals(self) -> Any:
+        """Nothing to capture."""
+        from contextlib import nullcontext
+
+        return nullcontext()
+
+
+async def _finish(http: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+    http.should_exit = True
+    await asyncio.wait([serving])
+
+
+def _uvicorn_config(app: Any, options: ServerOptions) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=BoundedProtocol,
+        ws="none",
+        loop="uvloop",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        date_header=True,
+        backlog=2048,
+        timeout_keep_alive=int(options.idle_timeout_s),
+        timeout_graceful_shutdown=max(1, int(options.drain_s)),
+        proxy_headers=False,
+    )
+
+
+def write_ready_file(path: Path, url: str, grpc: str | None) -> None:
+    """Tell who started the server where it is, all at once."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps({"url": url, "grpc": grpc, "pid": os.getpid()}), encoding="utf-8")
+    partial.replace(path)
