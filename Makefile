@@ -9,11 +9,9 @@ PIP := -m pip --disable-pip-version-check install --quiet
 .PHONY: demo kernels test test-sanitizers test-slow check default-model format clean
 .DEFAULT_GOAL := demo
 
-## demo: install, then write a story with the default model
+## demo: install, serve the default model, ask it a question, go on serving until Ctrl-C; FLAGS="--port 8001" for another port
 demo: $(VENV)/.installed
-	@$(BIN)/bluejay generate --max-new-tokens 200 --seed 7 "Once upon a time there was a little blue jay who"
-	@echo
-	@echo 'Your turn: $(BIN)/bluejay generate "One day a fox"        More: $(BIN)/bluejay --help'
+	@tools/demo $(BIN) $(FLAGS)
 
 ## kernels: compile csrc/ again, as far as it changed; without a compiler the reference goes on serving
 kernels: $(VENV)/.tested
