@@ -151,7 +151,7 @@ async def _serve(
     journal: Path | None,
     ready_file: Path | None,
 ) -> None:
-    from bluejay.accounts.ledger import Ledger
+    from bluejay.accounts.ledger import Ledger, default_folder
     from bluejay.accounts.plans import read_plans
     from bluejay.accounts.store import Store
     from bluejay.server.serving import Server, write_ready_file
@@ -159,7 +159,7 @@ async def _serve(
     plans = read_plans(tables.get("plans", {}))
     store = Store.open(settings.database or None)
     try:
-        ledger = Ledger(journal, store)
+        ledger = Ledger(journal or default_folder(), store)
         try:
             server = Server(
                 options,

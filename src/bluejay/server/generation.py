@@ -295,14 +295,14 @@ class Run:
     def _open_account(self) -> None:
         principal = self.caller.principal
         self._service.ledger.begin(
-            self.caller.request_id,
-            principal.project_id,
-            principal.key_id,
-            self.asked.dialect,
-            self.asked.asked_model,
-            self.asked.model.name,
-            self.num_prompt_tokens,
-            self._began_at,
+            request_id=self.caller.request_id,
+            project_id=principal.project_id,
+            key_id=principal.key_id,
+            dialect=self.asked.dialect,
+            model=self.asked.asked_model,
+            served_model=self.asked.model.name,
+            prompt_tokens=self.num_prompt_tokens,
+            started_at=self._began_at,
         )
 
     def _record(self, outcome: Outcome) -> UsageRecord:

@@ -84,5 +84,6 @@ async def metrics(call: TheCall) -> Response:
             async with asyncio.timeout(STATISTICS_S):
                 statistics = await model.engine.statistics()
         house.service.metrics.engine(model, statistics)
+    house.service.metrics.ledger(house.service.ledger.pending())
     body = generate_latest(house.service.metrics.registry)
     return Response(body, media_type=CONTENT_TYPE_LATEST)

@@ -68,6 +68,9 @@ class Metrics:
         self._inside = Gauge(
             "bluejay_model_sequences", "Sequences that run or wait for the model", ("model",), registry=self.registry
         )
+        self._pending = Gauge(
+            "bluejay_usage_pending", "Ended requests whose usage is not in the database yet", registry=self.registry
+        )
         self._took = Histogram(
             "bluejay_request_seconds", "From a request to its end", by, buckets=SECONDS, registry=self.registry
         )
@@ -105,6 +108,10 @@ class Metrics:
         if statistics is not None:
             for name, gauge in self._engine.items():
                 gauge.labels(model.name).set(getattr(statistics, name))
+
+    def ledger(self, num_pending: int) -> None:
+        """How much usage waits for the database."""
+        self._pending.set(num_pending)
 
     def answered(self, dialect: str, status: int) -> None:
         """An HTTP answer was begun."""
