@@ -41,6 +41,7 @@ STATUS: dict[type[BluejayError], int] = {
     errors.Unauthenticated: 401,
     errors.Forbidden: 403,
     errors.QuotaExceeded: 429,
+    errors.AccessError: 403,
     errors.EngineError: 503,
     errors.StoreError: 503,
 }

@@ -1,0 +1,111 @@
+"""What is read from bodies, and what is told of what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict, StrictInt
+
+from bluejay import errors
+from bluejay.errors import InvalidRequest
+from bluejay.server.call import checked, json_response, read_json
+from bluejay.server.errors import STATUS, ClientGone, NotServed, failure_of
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    number: StrictInt
+    words: list[str] = []
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        (b"", "empty"),
+        (b"  \n", "empty"),
+        (b"{", "no JSON"),
+        (b"\xff\xfe", "no JSON"),
+        (b'{"a": "\xff"}', "no valid utf-8"),
+        (b"NaN", "no number"),
+        (b"[Infinity]", "no number"),
+        (b"1e309", "larger than any number"),
+        (b"[" * 100_000, "nested"),
+        (b"9" * 5000, "no JSON"),
+        (b'{"a": 1}\x00', "no JSON"),
+    ],
+)
+def test_what_is_no_json_is_refused(body: bytes, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        read_json(body)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_json_may_be_in_any_of_its_encodings(encoding: str) -> None:
+    assert read_json('{"a": "ä"}'.encode(encoding)) == {"a": "ä"}
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_json_or_refused(body: bytes) -> None:
+    try:
+        read_json(body)
+    except InvalidRequest as error:
+        assert error.args[0]
+
+
+def test_everything_that_is_wrong_is_named_at_once() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        checked(Body, {"number": "7", "words": [1], "colour": "x" * 5000})
+    message = str(refused.value)
+    assert refused.value.param == "number"
+    assert "got '7'" in message
+    assert "words.0" in message
+    assert "colour" in message
+    assert len(message) < 500
+
+
+def test_a_body_with_very_many_faults_gets_a_short_answer() -> None:
+    with pytest.raises(InvalidRequest, match="and 992 more"):
+        checked(Body, {"number": 1, "words": [0] * 1000})
+
+
+@pytest.mark.parametrize("text", ["plain", "ä — 鳥", "half \ud800", "\0"])
+def test_any_text_can_be_told(text: str) -> None:
+    response = json_response({"text": text}, 418, {"x-more": "1"})
+    assert json.loads(response.body) == {"text": text}
+    assert response.status_code == 418
+    assert response.headers["content-length"] == str(len(response.body))
+
+
+def test_every_error_has_a_status_of_its_own() -> None:
+    public = [
+        error
+        for error in vars(errors).values()
+        if isinstance(error, type) and issubclass(error, errors.RequestError | errors.AccessError | errors.EngineError)
+    ]
+    assert public
+    for error in public:
+        made = error("why", 2.0) if error in (errors.Overloaded, errors.QuotaExceeded) else error("why")
+        assert failure_of(made).status in {400, 401, 403, 404, 429, 503}
+    assert failure_of(NotServed("no")).status == 501
+    assert set(STATUS) > {ClientGone, NotServed}
+
+
+def test_nothing_of_the_inside_is_told() -> None:
+    for error in (RuntimeError("/home/me"), errors.KernelError("/home/me"), errors.ConfigError("/home/me")):
+        failure = failure_of(error)
+        assert (failure.status, failure.kind) == (500, "InternalError")
+        assert "/home" not in failure.message
+    for error in (errors.EngineError("/home/me"), errors.StoreError("/home/me")):
+        failure = failure_of(error)
+        assert failure.status == 503
+        assert "/home" not in failure.message
+
+
+def test_when_to_come_again_is_told_in_whole_seconds() -> None:
+    assert failure_of(errors.Overloaded("full", 0.2)).headers == {"Retry-After": "1"}
+    assert failure_of(errors.QuotaExceeded("used up", 30.1)).headers == {"Retry-After": "31"}
+    assert failure_of(errors.Unauthenticated("who?")).headers == {"WWW-Authenticate": "Bearer"}
+    assert failure_of(InvalidRequest("no")).headers == {}
