@@ -144,9 +144,10 @@ class Ledger:
         """Write down what a request took; the store gets it with the next move. It need not have begun here."""
         frame = journals.pack(usage)
         with self._lock:
+            is_written = self._append(frame)
             self._open.pop(usage.request_id, None)
             self._num_pending += 1
-            if not self._append(frame):
+            if not is_written:
                 self._keep(usage)
 
     def pending(self) -> int:
@@ -163,10 +164,12 @@ class Ledger:
         with self._moved:
             last = self._num_moves + 2  # one that had begun may have passed by what ended since
             while self._num_pending + len(self._adopted) and self._num_moves < last:
-                self._wake.set()
-                if not self._moved.wait(deadline - time.monotonic()):
+                left_s = deadline - time.monotonic()
+                if left_s <= 0 or not self._thread.is_alive():
                     return False
-            return self._store_problem is None and not self._kept
+                self._wake.set()
+                self._moved.wait(min(left_s, 0.2))
+            return not self._num_pending + len(self._adopted) or self._store_problem is None
 
     def close(self, timeout_s: float = 10.0) -> bool:
         """Flush and stop. What is not stored by then, or runs still, is in the journal for the next server that starts.

@@ -4,7 +4,7 @@
 tokens_per_day = 20000000
 concurrent_requests = "unlimited"
 
-[plans.batch]                        # a plan of one's own; what it does not say is as in "free"
+[plans.batch]                        # a plan of one's own; what it does not say is as in the "free" of the package
 requests_per_minute = 600
 priority = -10
 models = ["gpt-j-6b"]
@@ -73,7 +73,7 @@ def read_plans(tables: Mapping[str, Any]) -> dict[str, Plan]:
         else:
             changes = {key: _checked(f"[plans.{name}]", key, value, problems) for key, value in table.items()}
             known = {key: value for key, value in changes.items() if key in _LIMITS or key in ("priority", "models")}
-            plans[name] = replace(plans.get(name, plans[DEFAULT_PLAN]), name=name, **known)
+            plans[name] = replace(PLANS.get(name, PLANS[DEFAULT_PLAN]), name=name, **known)
     if problems:
         raise ConfigError("; ".join(problems))
     return plans

@@ -85,8 +85,9 @@ class Store:
             )
         record = ProjectRecord(_new_id(), name, plan, _now(), None)
         with self._database.writing() as connection:
-            done = connection.execute(self._insert(projects).values(vars(record)).on_conflict_do_nothing())
-        if not done.rowcount:
+            adding = self._insert(projects).values(vars(record)).on_conflict_do_nothing().returning(projects.c.id)
+            is_new = connection.execute(adding).first() is not None
+        if not is_new:
             raise InvalidRequest(f"there is a project {name} already; choose another name", "project")
         return record
 
