@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from bluejay.errors import ConfigError
-from bluejay.settings import Settings, load_settings
+from bluejay.settings import Settings, load_settings, load_table, without_password
 
 
 def test_flags_go_before_environment_before_file(tmp_path: Path) -> None:
@@ -44,3 +44,28 @@ def test_a_broken_file_is_named(tmp_path: Path, content: str) -> None:
 def test_a_named_file_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="BLUEJAY_CONFIG"):
         load_settings(environ={"BLUEJAY_CONFIG": str(tmp_path / "none.toml")})
+
+
+def test_tables_are_left_to_those_who_know_them(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    environ = {"BLUEJAY_CONFIG": str(file)}
+    file.write_text("threads = 2\n[plans.free]\npriority = 3\n")
+    assert load_settings(environ=environ).threads == 2
+    assert load_table("plans", environ) == {"free": {"priority": 3}}
+    file.write_text("plans = 3\n")
+    with pytest.raises(ConfigError, match=r"plans is 3, expected a table \[plans\]"):
+        load_table("plans", environ)
+    assert load_table("plans", {"XDG_CONFIG_HOME": str(tmp_path)}) == {}
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("", ""),
+        ("sqlite:////var/lib/a.db", "sqlite:////var/lib/a.db"),
+        ("postgresql://me:p@ss/w?rd@host/db?password=x", "postgresql://***@host/db?***"),
+        ("postgresql://host/db", "postgresql://host/db"),
+    ],
+)
+def test_passwords_in_urls_are_not_shown(url: str, shown: str) -> None:
+    assert without_password(url) == shown

@@ -6,6 +6,10 @@ The TOML file is $BLUEJAY_CONFIG, or bluejay/config.toml in $XDG_CONFIG_HOME (~/
     device = "cuda"
     dtype = "bfloat16"
     threads = 8
+    database = "postgresql://bluejay:password@host/bluejay"
+
+    [plans.free]                     # tables belong to the rooms that know what may be in them: `load_table`
+    requests_per_day = 100
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ class Settings:
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         dtype: "auto", "float32", "bfloat16", "float16"; "int8" and "int4" on the CPU.
         threads: CPU threads; 0 is as many as the machine, or the container's share of it, is good for.
-        database: of accounts and usage: a file or postgresql://…; "" is a file in $XDG_DATA_HOME/bluejay.
+        database: where accounts and usage are kept: sqlite:///path or postgresql://…; "" is a file of Bluejay's own.
     """
 
     model: str = "default"
@@ -65,9 +69,8 @@ def explain_settings(
     environ = os.environ if environ is None else environ
     known = {f.name: (f.default, "default") for f in fields(Settings)}
     path = settings_file(environ)
-    values: dict[str, tuple[Any, str]] = {
-        key: (value, str(path)) for key, value in _read(path, environ).items() if key not in TABLES
-    }
+    written = {key: value for key, value in _read(path, environ).items() if key not in TABLES}
+    values: dict[str, tuple[Any, str]] = {key: (value, str(path)) for key, value in written.items()}
     for name in known:
         if text := environ.get(f"BLUEJAY_{name.upper()}"):
             values[name] = (text, f"BLUEJAY_{name.upper()}")
@@ -77,6 +80,25 @@ def explain_settings(
     if problems:
         raise ConfigError("; ".join(problems))
     return known | checked
+
+
+def load_table(name: str, environ: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """One of the settings file's `TABLES`, as it stands there; empty where it does not.
+
+    Raises: ConfigError if the file cannot be read, or if what it has by that name is no table.
+    """
+    environ = os.environ if environ is None else environ
+    path = settings_file(environ)
+    table = _read(path, environ).get(name, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}: {name} is {table!r}, expected a table [{name}]")
+    return table
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown: *** for user, password and options, one of which may be a password too."""
+    shown = re.sub(r"//.*@", "//***@", url)
+    return re.sub(r"\?.*", "?***", shown)
 
 
 def settings_file(environ: Mapping[str, str] | None = None) -> Path:

@@ -21,7 +21,7 @@ def run(*arguments, **environment):
 
 @pytest.fixture
 def settings_file(tmp_path, monkeypatch):
-    for name in ("MODEL", "DEVICE", "DTYPE", "THREADS"):
+    for name in ("MODEL", "DEVICE", "DTYPE", "THREADS", "DATABASE"):
         monkeypatch.delenv(f"BLUEJAY_{name}", raising=False)
     file = tmp_path / "config.toml"
     file.write_text('dtype = "bfloat16"\n')
@@ -43,6 +43,12 @@ def test_json_tells_what_was_found_and_where_settings_come_from(settings_file):
     assert found["settings_file"] == {"path": str(settings_file), "exists": True}
     assert found["default_model"]["family"] == "gptj"
     assert 0 < found["memory"]["free_bytes"] <= found["memory"]["total_bytes"]
+
+
+def test_the_databases_password_is_not_told(settings_file):
+    result = run("--json", BLUEJAY_DATABASE="postgresql://me:secret@host/accounts")
+    assert json.loads(result.stdout)["settings"]["database"]["value"] == "postgresql://***@host/accounts"
+    assert "secret" not in result.output
 
 
 def test_the_table_has_every_fact(settings_file):

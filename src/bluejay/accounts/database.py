@@ -35,11 +35,16 @@ def data_folder(environ: Mapping[str, str] | None = None) -> Path:
     return Path(environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "bluejay"
 
 
+def default_path(environ: Mapping[str, str] | None = None) -> Path:
+    """The database that is used where no URL names another."""
+    return data_folder(environ) / "bluejay.db"
+
+
 class Database:
     """One database, migrated to this version's tables. Any thread may use it.
 
     Args:
-        url: `FORMS`; None or "" for bluejay.db in `data_folder()`.
+        url: `FORMS`; None or "" for `default_path()`.
     Raises: ConfigError if the URL is none; StoreError if the database cannot be reached or is of a newer version.
     """
 
@@ -109,8 +114,7 @@ class Database:
 
 def _parsed(url: str | None) -> URL:
     if not url:
-        folder = data_folder()
-        return URL.create("sqlite", database=str(folder / "bluejay.db"))
+        return URL.create("sqlite", database=str(default_path()))
     try:
         parsed = make_url(url)
     except (SQLAlchemyError, ValueError):

@@ -18,11 +18,14 @@ from bluejay.cli.convert import convert
 from bluejay.cli.generate import generate
 from bluejay.cli.info import info
 from bluejay.cli.inspect import inspect
+from bluejay.cli.keys import keys
 from bluejay.cli.models import models
 from bluejay.cli.perplexity import perplexity
+from bluejay.cli.projects import projects
 from bluejay.cli.pull import pull
 from bluejay.cli.serve import serve
 from bluejay.cli.train import train
+from bluejay.cli.usage import usage
 from bluejay.errors import BluejayError, ConfigError, RequestError
 
 app = typer.Typer(
@@ -44,6 +47,9 @@ app.command()(train)
 app.command()(perplexity)
 app.command()(info)
 app.add_typer(bench, name="bench")
+app.add_typer(projects, name="projects")
+app.add_typer(keys, name="keys")
+app.command()(usage)
 
 
 def _version(show: bool) -> None:

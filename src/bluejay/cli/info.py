@@ -38,11 +38,14 @@ def _gather() -> dict[str, Any]:
     import torch
 
     from bluejay import __version__
+    from bluejay.accounts.database import default_path
     from bluejay.bench.machine import free_memory_bytes
     from bluejay.model.device import available_memory_bytes
-    from bluejay.settings import explain_settings, settings_file
+    from bluejay.settings import explain_settings, settings_file, without_password
 
     settings = {name: {"value": value, "source": source} for name, (value, source) in explain_settings().items()}
+    database = settings["database"]
+    database["value"] = without_password(database["value"]) or f"sqlite:///{default_path()}"
     return {
         "bluejay": __version__,
         "python": platform.python_version(),
