@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import uuid
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,8 +47,8 @@ class PostgreSQL:
             self._process.wait(30)
             self._process = None
 
-    def url(self, database: str = "postgres") -> str:
-        return f"postgresql://bluejay:secret-word@127.0.0.1:{self.port}/{database}"
+    def url(self) -> str:
+        return f"postgresql://bluejay:secret-word@127.0.0.1:{self.port}/postgres"
 
     def execute(self, statement: str) -> None:
         with psycopg.connect(self.url(), autocommit=True) as connection:
@@ -64,6 +64,7 @@ class PostgreSQL:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, **self._as_user())
             if done.returncode == 0:
                 return
+            time.sleep(0.05 if until_done else 0)
         raise AssertionError(f"{name}: {done.stdout}{done.stderr}")
 
 
@@ -84,8 +85,8 @@ def postgresql() -> Iterator[PostgreSQL]:
     folder = Path(tempfile.mkdtemp(prefix="bluejay-postgresql-"))
     try:
         server = PostgreSQL(found[-1].parent, folder)
-        server.start()
         try:
+            server.start()
             yield server
         finally:
             server.stop()
@@ -94,12 +95,12 @@ def postgresql() -> Iterator[PostgreSQL]:
 
 
 @pytest.fixture
-def postgresql_url(postgresql: PostgreSQL) -> Iterator[str]:
-    """An empty database."""
-    name = f"test_{uuid.uuid4().hex}"
-    postgresql.execute(f"CREATE DATABASE {name}")
-    yield postgresql.url(name)
-    postgresql.execute(f"DROP DATABASE {name} WITH (FORCE)")
+def postgresql_url(postgresql: PostgreSQL) -> str:
+    """An empty database: always the same, since to make and remove them takes PostgreSQL longer than the tests."""
+    others = "pid <> pg_backend_pid() AND backend_type = 'client backend'"
+    postgresql.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
+    postgresql.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    return postgresql.url()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -60,7 +60,7 @@ def kill(ledger: Ledger) -> None:
     """End it as a SIGKILL would: nothing more is written, its locks are gone."""
     ledger._store = Memory()
     ledger._store.is_away = True
-    ledger._is_closing = ledger._is_closed = True
+    ledger._is_closing = ledger._is_closed = ledger._is_released = True
     ledger._wake.set()
     ledger._thread.join()
     for adopted in ledger._adopted:
@@ -338,6 +338,26 @@ def test_rows_kept_in_memory_go_to_the_journal_when_there_is_room(
     memory.is_away = False
     assert make_ledger().flush()
     assert sorted(memory.rows) == ["r2", "r3", "r4"]
+
+
+def test_a_database_that_hangs_holds_nobody_up(make_ledger: Callable[..., Ledger], memory: Memory) -> None:
+    ledger = make_ledger()
+    answers = threading.Event()
+    whole = memory.record_usage
+    memory.record_usage = lambda rows: (answers.wait(20), whole(rows))  # type: ignore[method-assign, assignment]
+    ledger.begin(**begun("a"))
+    ledger.end(usage("a"))
+    time.sleep(0.05)
+    ledger.begin(**begun("b"))
+    ledger.end(usage("b"))
+    started = time.monotonic()
+    assert not ledger.flush(timeout_s=0.1)
+    assert not ledger.close(timeout_s=0.1)
+    assert time.monotonic() - started < 5
+    answers.set()
+    ledger._thread.join()
+    assert ledger.close()
+    assert sorted(memory.rows) == ["a", "b"]
 
 
 def test_servers_share_a_folder_and_not_a_journal(make_ledger: Callable[..., Ledger], memory: Memory) -> None:

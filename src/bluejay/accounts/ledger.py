@@ -89,7 +89,7 @@ class Ledger:
         self._disk_problem: str | None = None
         self._store_problem: str | None = None
         self._num_moves = 0
-        self._is_closing = self._is_closed = False
+        self._is_closing = self._is_closed = self._is_released = False
         self._wake = threading.Event()
         self._moved = threading.Condition(self._lock)
         self._thread = threading.Thread(target=self._move, name="usage-ledger", daemon=True)
@@ -182,18 +182,21 @@ class Ledger:
         self._wake.set()
         self._thread.join(max(0.1, deadline - time.monotonic()))
         with self._lock:
-            if self._is_closed:
-                return not self._num_pending
             self._is_closed = True
             if self._thread.is_alive():  # the database does not answer: the journal is let go when the process ends
                 return False
-            for adopted in self._adopted:
-                adopted.close()
-            if self._num_pending or self._open:
-                self._journal.close()
-            else:
-                self._journal.remove()
+            if not self._is_released:
+                self._release()
             return not self._num_pending and not self._adopted
+
+    def _release(self) -> None:
+        self._is_released = True
+        for adopted in self._adopted:
+            adopted.close()
+        if self._num_pending or self._open:
+            self._journal.close()
+        else:
+            self._journal.remove()
 
     # Writing: the lock is held.
 
@@ -231,6 +234,7 @@ class Ledger:
     def _move(self) -> None:
         delay = self._interval_s
         while True:
+            is_last = self._is_closing  # asked before: what ended until then is moved
             try:
                 self._move_once()
                 if self._store_problem is not None:
@@ -245,7 +249,7 @@ class Ledger:
             with self._moved:
                 self._num_moves += 1
                 self._moved.notify_all()
-            if self._is_closing:
+            if is_last:
                 return
             self._wake.wait(delay)
             self._wake.clear()
