@@ -177,7 +177,7 @@ async def _serve(
             def ready() -> None:
                 typer.echo(f"ready: {', '.join(model.name for model in server.models)}", err=True)
                 if ready_file is not None:
-                    write_ready_file(ready_file, url, None)
+                    write_ready_file(ready_file, url, server.grpc_address)
 
             await server.run(ready)
         finally:
@@ -187,7 +187,8 @@ async def _serve(
 
 
 def _greet(url: str, server: Any) -> None:
-    typer.echo(f"Bluejay listens on {url}", err=True)
+    grpc = "" if server.grpc_address is None else f", for gRPC on {server.grpc_address}"
+    typer.echo(f"Bluejay listens on {url}{grpc}", err=True)
     if server.house.door.is_open:
         reach = "this machine" if server.options.is_loopback else "EVERYBODY who reaches this address"
         typer.echo(f"There is no key yet: it is open to {reach}. To ask for keys: bluejay keys create NAME", err=True)

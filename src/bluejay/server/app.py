@@ -12,10 +12,15 @@ from starlette.responses import Response
 from bluejay import __version__
 from bluejay.server import health
 from bluejay.server.call import House, json_response
-from bluejay.server.dialects import kserve_v1, listing
+from bluejay.server.dialects import kserve_v1, listing, open_inference
 
 # Each dialect is a file; none knows another. Where paths overlap, the first that fits is taken.
-DIALECTS: tuple[Callable[[House], APIRouter], ...] = (health.routes, kserve_v1.routes, listing.routes)
+DIALECTS: tuple[Callable[[House], APIRouter], ...] = (
+    health.routes,
+    kserve_v1.routes,
+    open_inference.routes,
+    listing.routes,
+)
 
 
 def create_app(house: House) -> FastAPI:

@@ -18,7 +18,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -192,14 +192,18 @@ class Call:
         """An answer in JSON."""
         return json_response(content, status, headers)
 
-    @asynccontextmanager
-    async def _deadline(self) -> AsyncIterator[None]:
-        limit_s = self.house.options.request_timeout_s
-        try:
-            async with asyncio.timeout(max(0.0, self.caller.received_s + limit_s - time.monotonic())):
-                yield
-        except TimeoutError:
-            raise Overloaded(f"the request was not done within {limit_s:g} s; ask for less, or later", 5.0) from None
+    def _deadline(self) -> AbstractAsyncContextManager[None]:
+        return deadline(self.caller, self.house.options.request_timeout_s)
+
+
+@asynccontextmanager
+async def deadline(caller: Caller, limit_s: float) -> AsyncIterator[None]:
+    """Run the body until a request has taken so long since it came. Raises: Overloaded when it has."""
+    try:
+        async with asyncio.timeout(max(0.0, caller.received_s + limit_s - time.monotonic())):
+            yield
+    except TimeoutError:
+        raise Overloaded(f"the request was not done within {limit_s:g} s; ask for less, or later", 5.0) from None
 
 
 class _Stream(Response):
@@ -304,7 +308,7 @@ async def _guarded(
     dialect: Dialect,
 ) -> Response:
     began_s = time.monotonic()
-    request_id = _request_id(request)
+    request_id = name_request(request.headers)
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(request_id=request_id, dialect=dialect.name)
     try:
@@ -432,10 +436,10 @@ def _too_large(limit: int) -> TooLarge:
     return TooLarge(f"the body is larger than {limit:,} bytes; send less at a time")
 
 
-def _request_id(request: Request) -> str:
+def name_request(headers: Mapping[str, str]) -> str:
     """The server's own name of a request; what the caller calls it is kept in front, where that is harmless."""
     own = uuid.uuid4().hex
-    theirs = request.headers.get("x-request-id", "")
+    theirs = headers.get("x-request-id", "")
     return f"{theirs}-{own[:12]}" if REQUEST_ID.fullmatch(theirs) else own
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Any
 
@@ -28,6 +29,8 @@ def set_up_logs(*, as_json: bool, level: str = "INFO") -> None:
             foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last]
         )
     )
+    # gRPC's C library reads this when it is loaded; its own lines would be neither JSON nor news: it raises as well.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)

@@ -25,6 +25,7 @@ from bluejay.errors import ConfigError
 from bluejay.server.app import create_app
 from bluejay.server.auth import Door
 from bluejay.server.call import House, Life
+from bluejay.server.dialects.open_inference_grpc import GrpcServer
 from bluejay.server.filters import Filters
 from bluejay.server.generation import Service
 from bluejay.server.limits import Gate, Limits
@@ -89,11 +90,16 @@ class Server:
         door = Door(None if open_to_all else store, plans, open_to_admin=options.is_loopback)
         self.house = House(options, self.models, self.service, door, store, Life())
         self.app = create_app(self.house)
+        self.grpc_address: str | None = None
+        self._grpc: GrpcServer | None = None
         self._sockets: list[socket.socket] = []
         self._asked_to_end = asyncio.Event()
 
     def listen(self) -> str:
-        """Take the port; the URL that reaches it. Raises: ConfigError if it is taken or not ours to take."""
+        """Take the ports; the URL that reaches HTTP, `grpc_address` is where gRPC is. To be called where the loop runs.
+
+        Raises: ConfigError if one is taken or not ours to take.
+        """
         options = self.options
         try:
             family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
@@ -106,6 +112,9 @@ class Server:
                 "choose another: --port N"
             ) from None
         self._sockets = [listening]
+        if options.grpc_port is not None:
+            self._grpc = GrpcServer(self.house)
+            self.grpc_address = self._grpc.listen()
         port = listening.getsockname()[1]
         host = f"[{options.host}]" if ":" in options.host else options.host
         return f"http://{host}:{port}"
@@ -124,6 +133,9 @@ class Server:
         async with AsyncExitStack() as stack:
             serving = asyncio.create_task(http.serve(sockets=self._sockets))
             stack.push_async_callback(_finish, http, serving)
+            if self._grpc is not None:
+                await self._grpc.start()
+                stack.push_async_callback(self._grpc.stop, 0)
             for model in self.models:
                 stack.push_async_callback(model.close)
             loading = asyncio.gather(*(model.begin() for model in self.models))
@@ -154,10 +166,13 @@ class Server:
         while loop.time() < farewell_s and not self.house.life.hurried:
             await asyncio.sleep(0.02)
         http.should_exit = True
+        stopping = None if self._grpc is None else asyncio.create_task(self._grpc.stop(deadline_s - loop.time()))
         while self.service.running and loop.time() < deadline_s and not self.house.life.hurried:
             await asyncio.sleep(0.02)
         if self.service.running:
             _log.warning("ending with %d requests unfinished", len(self.service.running))
+        elif stopping is not None and not self.house.life.hurried:
+            await stopping
 
 
 class _Http(uvicorn.Server):
