@@ -101,32 +101,34 @@ class ServedModel:
         return self._starting
 
     async def load(self) -> None:
-        """Load it if it is not loaded; returns when it is ready. Raises: what is wrong with it."""
-        if self._starting is None or (self._starting.done() and not self.engine.ready and not self._wanted):
+        """Load it if it is not loaded; returns when it is ready. Raises: what is wrong with it, Stopped if unloaded."""
+        starting = self._starting
+        if starting is None or (starting.done() and (starting.cancelled() or starting.exception() is not None)):
             self._wanted = True
             self.engine = self._make_engine()
-            self.begin()
-        assert self._starting is not None
-        await asyncio.shield(self._starting)
+            starting = self.begin()
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            if not starting.cancelled():
+                raise
+            raise Stopped(f"{self.name} was unloaded while it was loading") from None
 
     async def unload(self) -> None:
         """End its engine; whoever was served gets an error."""
         self._wanted = False
-        await self.close()
-        self._starting = None
+        starting, self._starting = self._starting, None  # before anything is waited for: who loads now begins anew
+        await _end(self.engine, starting)
 
     async def close(self) -> None:
         """End its engine."""
-        if self._starting is not None and not self._starting.done():
-            self._starting.cancel()
-        await self.engine.close()
-        if self._starting is not None:
-            await asyncio.wait([self._starting])
+        await _end(self.engine, self._starting)
 
     async def _start(self) -> None:
         try:
-            await self.engine.start()
-            facts = self.engine.facts
+            engine = self.engine
+            await engine.start()
+            facts = engine.facts
             assert facts is not None
             self.tokenizer = await asyncio.to_thread(load_tokenizer, Path(facts.path))
             self.facts = facts
@@ -145,6 +147,14 @@ class ServedModel:
         if failed or (self.state.phase is Phase.STOPPED and self.tokenizer is not None):
             raise Stopped(f"{self.name} could not be loaded; the server's log says why")
         raise Overloaded(f"{self.name} is not ready; try again soon", 2.0)
+
+
+async def _end(engine: Engine, starting: asyncio.Task[None] | None) -> None:
+    if starting is not None and not starting.done():
+        starting.cancel()
+    await engine.close()
+    if starting is not None:
+        await asyncio.wait([starting])
 
 
 class Models:
