@@ -114,7 +114,11 @@ class Server:
         self._sockets = [listening]
         if options.grpc_port is not None:
             self._grpc = GrpcServer(self.house)
-            self.grpc_address = self._grpc.listen()
+            try:
+                self.grpc_address = self._grpc.listen()
+            except ConfigError:
+                listening.close()
+                raise
         port = listening.getsockname()[1]
         host = f"[{options.host}]" if ":" in options.host else options.host
         return f"http://{host}:{port}"

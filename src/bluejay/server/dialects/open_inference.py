@@ -229,8 +229,9 @@ async def infer(call: TheCall) -> Response:
     run = await call.begin(model, inference.items, asked_model=call.request.path_params["model"])
     tokenizer, _ = model.opened()
     tensors = answer_tensors(inference, await call.finish(run), tokenizer)
-    head = {"model_name": model.name, "model_version": VERSION, **({} if asked.id is None else {"id": asked.id})}
-    return _reply(call, model, head, tensors, [binary.get(tensor.name, all_binary) for tensor in tensors])
+    return _reply(
+        call, model, _head(asked, model), tensors, [binary.get(tensor.name, all_binary) for tensor in tensors]
+    )
 
 
 @access(Access.USER)
@@ -378,9 +379,9 @@ async def _pieces(run: Run, asked: Inference, head: Mapping[str, Any]) -> AsyncG
             yield _event({**told, **end})
 
 
-def _head(asked: Generate, model: ServedModel) -> dict[str, Any]:
+def _head(asked: Infer | Generate, model: ServedModel) -> dict[str, Any]:
     head = {"model_name": model.name, "model_version": VERSION}
-    return head if asked.id is None else {"id": asked.id, **head}
+    return head if asked.id is None else {**head, "id": asked.id}
 
 
 def _event(told: Any) -> bytes:
