@@ -195,7 +195,7 @@ def mistaken(size: int) -> Any:
         (with_input(name="colour"), "unknown input 'colour'"),
         (with_input(shape=[2]), "holds 2 elements, the data 1"),
         (with_input(shape=[-1]), "the shape is [-1]"),
-        (with_input(shape=[2**62, 2**62]), "elements, the data 1"),
+        (with_input(shape=[2**62, 2**62]), "elements, expected at most"),
         (with_input(shape=[1] * 9), "9 dimensions"),
         (with_input(datatype="FP32"), "the data 0"),
         (with_input(datatype="COLOUR"), "the datatype is 'COLOUR'"),

@@ -16,6 +16,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from bluejay.tokenizer import Tokenizer
 
 PROMPT_NAME = re.compile(r"(text|input|prompt)s?([_-]*(text|input|prompt)s?)?[_-]*\d{0,3}", re.IGNORECASE)
 MAX_DIMS = 2  # no tensor here has more
+MAX_ELEMENTS = 2**20  # of one tensor, before anything is made for them
 NO_TOKEN = -1  # fills rows of output_ids that are shorter than the longest; the id of no token
 LENGTH = struct.Struct("<I")  # stands before each element of a binary BYTES tensor
 
@@ -107,7 +109,7 @@ def tensor_of_bytes(name: str, datatype: str, shape: Sequence[int], raw: bytes) 
     """A binary tensor. Raises: InvalidRequest where the bytes do not fit the shape."""
     size = _size(name, datatype, shape)
     if datatype == "BYTES":
-        return tensor_of_values(name, datatype, shape, list(_elements(name, raw)))
+        return tensor_of_values(name, datatype, shape, list(islice(_elements(name, raw), size + 1)))
     kind = np.dtype(DATATYPES[datatype])
     if len(raw) != size * kind.itemsize:
         raise InvalidRequest(
@@ -254,7 +256,12 @@ def _size(name: str, datatype: str, shape: Sequence[int]) -> int:
         raise InvalidRequest(
             f"input {name[:100]!r}: the shape is {str(list(shape))[:100]}, expected dimensions of 0 or more", "inputs"
         )
-    return math.prod(shape)
+    if (size := math.prod(shape)) > MAX_ELEMENTS:
+        raise InvalidRequest(
+            f"input {name[:100]!r}: the shape {list(shape)} holds {size:,} elements, expected at most {MAX_ELEMENTS:,}",
+            "inputs",
+        )
+    return size
 
 
 def _elements(name: str, raw: bytes) -> Iterator[bytes]:
@@ -288,20 +295,21 @@ def _reader(name: str, datatype: str) -> Callable[[Any], Any]:
         except UnicodeDecodeError as error:
             raise wrong(value[:20], f" in UTF-8, at byte {error.start}") from None
 
+    if datatype == "BYTES":
+        return text
+    kind = np.dtype(DATATYPES[datatype])
+    bounds = np.iinfo(kind) if kind.kind in "iu" else None
+
     def number(value: Any) -> Any:
-        kind = np.dtype(DATATYPES[datatype])
-        if kind.kind == "b":
-            fits = isinstance(value, bool)
-        elif kind.kind == "f":
-            fits = isinstance(value, int | float) and not isinstance(value, bool)
+        if bounds is not None:
+            fits = type(value) is int and bounds.min <= value <= bounds.max
         else:
-            bounds = np.iinfo(kind)
-            fits = isinstance(value, int) and not isinstance(value, bool) and bounds.min <= value <= bounds.max
+            fits = type(value) is bool if kind.kind == "b" else type(value) in (int, float)
         if not fits:
             raise wrong(value)
         return value
 
-    return text if datatype == "BYTES" else number
+    return number
 
 
 def _texts(tensor: Tensor) -> list[str]:
