@@ -18,12 +18,12 @@ kernels: $(VENV)/.tested
 	@tools/build-kernels $(BIN)/python
 
 ## test: everything that decides, in under 20 minutes on two cores
-test: check kernels $(ORACLE)/.installed
-	BLUEJAY_REQUIRE_ORACLE=1 $(BIN)/python -m pytest -m "not slow"
+test: check kernels $(ORACLE)/.installed clients
+	BLUEJAY_REQUIRE_ORACLE=1 BLUEJAY_REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -m "not slow"
 
 ## test-slow: long and large tests
-test-slow: kernels $(ORACLE)/.installed
-	BLUEJAY_REQUIRE_ORACLE=1 $(BIN)/python -m pytest -m slow
+test-slow: kernels $(ORACLE)/.installed clients
+	BLUEJAY_REQUIRE_ORACLE=1 BLUEJAY_REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -m slow
 
 ## test-sanitizers: the kernels' tests, with AddressSanitizer and UndefinedBehaviorSanitizer; `make test` does it as well
 test-sanitizers: kernels
@@ -71,6 +71,7 @@ $(ORACLE)/.installed: tests/parity/requirements.txt | $(BIN)/python
 	@$(ORACLE)/bin/python $(PIP) --requirement tests/parity/requirements.txt
 	@touch $@
 
+include tests/e2e/clients.mk
 include benchmarks/rivals.mk
 
 clean:

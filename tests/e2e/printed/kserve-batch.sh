@@ -1,0 +1,1 @@
+curl -d '{"parameters": {"min_length":50,"max_length":100}, "instances": ["Everytime I look to the sky, I always think", "Right now is the perfect time to", "The one thing I will never regret is", "The secret to a happy life is to"]}' <URL>/v1/models/eleutherai-gpt-j-6b:predict
