@@ -135,7 +135,7 @@ def run_driver(
 
 
 def _environment(home: Path) -> dict[str, str]:
-    """No proxies, no settings of the one who runs the tests, a home of its own; what knows the network stays offline."""
+    """No proxies, no settings of the one who runs the tests, a home of its own, offline."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL") if name in os.environ}
     return {
         **kept,

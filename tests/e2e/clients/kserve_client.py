@@ -1,4 +1,4 @@
-"""The `kserve` package's clients. argv: URL, API key, model name. $GRPC: host and port of gRPC; without it, REST alone."""
+"""The `kserve` package's clients. argv: URL, API key, model name. $GRPC: host:port of gRPC; without it, REST alone."""
 
 import asyncio
 import os

@@ -113,7 +113,7 @@ complete("error: no prompt", prompt=[])
 complete("error: logit_bias", logit_bias={"42": 1000})
 complete("error: penalty", presence_penalty=3.0)
 complete("error: unknown option", extra_body={"no_such_option": 1})
-complete("error: beams with a stream", stream=True, extra_body={"num_beams": 2, "num_beam_groups": 3})
+steps.run("error: beams with a stream", lambda: streamed(extra_body={"num_beams": 3, "num_beam_groups": 2}))
 steps.run(
     "error: chat", lambda: client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Hi"}])
 )

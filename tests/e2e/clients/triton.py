@@ -1,4 +1,4 @@
-"""`tritonclient` over HTTP and gRPC. argv: URL, API key, model name. $GRPC: host and port of gRPC; without it, HTTP alone.
+"""`tritonclient` over HTTP and gRPC. argv: URL, API key, model name. $GRPC: host:port of gRPC; without it, HTTP alone.
 
 Its gRPC parameters know floats (`double_param`), which the Open Inference Protocol itself does not.
 $UNLOADED is a second model that may be unloaded and loaded.
@@ -27,7 +27,8 @@ def exercise(kind, module, client):
         return steps.run(f"{kind}: {name}", call)
 
     def ask(method, *arguments, **options):
-        return getattr(client, method)(*arguments, headers=HEADERS, **options)
+        # A copy: over HTTP the client writes into the headers that it is given, and leaves it there.
+        return getattr(client, method)(*arguments, headers=dict(HEADERS), **options)
 
     as_json = {"as_json": True} if module is over_grpc else {}
     run("live", lambda: ask("is_server_live"))
