@@ -75,6 +75,7 @@ steps.run("a prompt that is none", lambda: model.predict({"prompt": 7}))
 steps.run("a type that is none", lambda: model.predict({"prompt": PROMPT, "max_length": "many"}))
 steps.run("groups that do not divide", lambda: model.predict({"prompt": PROMPT, "num_beams": 3, "num_beam_groups": 2}))
 steps.run("no object", lambda: model.predict("a text"))
+steps.run("a path that is none", lambda: baseten.deployed_model_id("a/b").predict({"prompt": PROMPT}))
 steps.run("summary", baseten.models_summary)  # over GraphQL
 steps.run("log", lambda: logged)
 steps.finish()

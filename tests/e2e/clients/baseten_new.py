@@ -96,6 +96,7 @@ steps.run("async: status of one that is not", lambda: api.get_async_request_stat
 steps.run(
     "async: no prompt", lambda: api.async_predict_production(request=AsyncPredictRequest(model_input={"max_length": 8}))
 )
+steps.run("a space in a name", lambda: api.predict(env_name="a b", request=asked()))
 
 steps.run("queue: production", api.get_async_queue_status_production)
 steps.run("queue: development", api.get_async_queue_status_development)
