@@ -8,7 +8,10 @@ PROMPT = "Once upon a time"
 NOT_FOUND = {"http": "[404]", "grpc": "[StatusCode.NOT_FOUND]"}
 INVALID = {"http": "[400]", "grpc": "[StatusCode.INVALID_ARGUMENT]"}
 
-pytestmark = pytest.mark.parametrize("over", ["http", "grpc"])
+
+@pytest.fixture(params=["http", "grpc"])
+def over(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +130,22 @@ def test_only_models_that_are_there_are_loaded(answers: Answers, over: str, step
     assert error["text"].startswith(NOT_FOUND[over])
 
 
-@pytest.mark.parametrize(
-    "step", ["JSON", "binary in, JSON out", "JSON in, binary out", "gzip", "deflate", "a gzipped answer"]
-)
-def test_http_bodies_are_json_binary_or_compressed(answers: Answers, over: str, step: str) -> None:
-    if over == "http":  # without a Content-Type, whatever it sends
-        assert _texts(answers, f"http: infer, {step}")[0].startswith("Once")
+@pytest.mark.parametrize("step", ["JSON", "binary in, JSON out", "JSON in, binary out", "a gzipped answer"])
+def test_http_bodies_are_json_or_binary(answers: Answers, step: str) -> None:
+    """Without a Content-Type, whatever it sends."""
+    assert _texts(answers, f"http: infer, {step}")[0].startswith("Once")
+
+
+@pytest.mark.parametrize("step", ["JSON", "binary in, JSON out", "JSON in, binary out", "a gzipped answer"])
+def test_http_bodies_are_json_or_binary(answers: Answers, step: str) -> None:
+    """Without a Content-Type, whatever it sends."""
+    assert _texts(answers, f"http: infer, {step}")[0].startswith("Once")
+
+
+@pytest.mark.parametrize("step", ["gzip", "deflate"])
+def test_a_compressed_request_is_read_or_refused_by_name(answers: Answers, step: str) -> None:
+    answer = answers[f"http: infer, {step}"]
+    if "returned" in answer:
+        assert answer["returned"]["texts"][0].startswith("Once")
+    else:
+        raised(answers, f"http: infer, {step}", by="InferenceServerException", saying="Content-Encoding")

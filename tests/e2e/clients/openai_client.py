@@ -23,7 +23,7 @@ steps.run("models", lambda: list(client.models.list()))
 steps.run("model", lambda: client.models.retrieve(MODEL))
 steps.run("unknown model", lambda: client.models.retrieve("no-such-model"))
 
-greedy = complete("greedy", temperature=0)
+complete("greedy", temperature=0)
 complete("greedy again", temperature=0)
 complete("defaults", max_tokens=openai.omit)
 complete("one token", temperature=0, max_tokens=1)
@@ -44,7 +44,6 @@ complete("no penalties", temperature=0, max_tokens=24)
 complete("top_p", temperature=1.0, top_p=1e-6, seed=3)
 complete("user", temperature=0, user="somebody")
 
-one = complete("logprobs for a bias", temperature=0, max_tokens=1, logprobs=2)
 complete("token ids", prompt=[1, 2, 3], temperature=0)
 complete("batch of texts", prompt=["Once upon a time", "One day a fox"], temperature=0)
 complete("batch of token ids", prompt=[[1, 2, 3], [4, 5]], temperature=0, echo=True)
@@ -126,9 +125,6 @@ steps.run(
     lambda: client.completions.with_raw_response.create(model=MODEL, prompt=PROMPT, max_tokens=1).headers[
         "x-request-id"
     ],
-)
-steps.run(
-    "legacy engines", lambda: client.post(f"/engines/{MODEL}/completions", cast_to=object, body={"prompt": PROMPT})
 )
 
 if wrong_key := os.environ.get("WRONG_KEY"):
