@@ -58,15 +58,16 @@ complete("repetition_penalty", temperature=0, max_tokens=24, extra_body={"repeti
 
 
 def streamed(prompt=PROMPT, **options):
-    chunks = list(
-        client.completions.create(model=MODEL, prompt=prompt, max_tokens=8, temperature=0, stream=True, **options)
-    )
+    asked = {"model": MODEL, "max_tokens": 8, "temperature": 0, **options}
+    chunks = list(client.completions.create(prompt=prompt, stream=True, **asked))
     return [chunk.model_dump(exclude_unset=True) for chunk in chunks]
 
 
 steps.run("stream", streamed)
 steps.run("stream with usage", lambda: streamed(stream_options={"include_usage": True}))
-steps.run("stream of several", lambda: streamed(prompt=["Once upon a time", "One day a fox"], n=2, seed=1))
+steps.run(
+    "stream of several", lambda: streamed(prompt=["Once upon a time", "One day a fox"], n=2, seed=1, temperature=1.0)
+)
 steps.run("stream with logprobs", lambda: streamed(logprobs=2))
 steps.run("stream with echo", lambda: streamed(echo=True))
 steps.run(
