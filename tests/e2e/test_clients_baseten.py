@@ -42,10 +42,10 @@ def test_raw_answers_are_json(answers: Answers, step: str) -> None:
 
 
 @pytest.mark.parametrize(("step", "names"), [("no prompt", "prompt"), ("a type that is none", "max_length")])
-def test_a_wrong_input_has_failed_and_says_why(answers: Answers, step: str, names: str) -> None:
-    answer = returned(answers, step)
-    assert (answer["status"], answer["data"]) == ("failed", None)
-    assert names in answer["message"]
+def test_a_wrong_input_is_an_error_that_names_it(answers: Answers, step: str, names: str) -> None:
+    error = raised(answers, step, by="ResponseErrorResponse", saying=names)
+    assert error["status_code"] == 400
+    assert error["error_response"]["error_code"] == "client_error"
 
 
 def test_limits_clamp_and_the_message_says_so(answers: Answers) -> None:
