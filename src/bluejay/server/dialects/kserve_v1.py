@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr
 from starlette.responses import Response
 
 from bluejay.engine.request import RequestOutput
-from bluejay.errors import InvalidRequest
+from bluejay.errors import InvalidRequest, ModelNotFound
 from bluejay.server.auth import Access
 from bluejay.server.call import Dialect, House, TheCall, access, documented, route_class
 from bluejay.server.errors import Failure, NotServed
@@ -66,7 +66,10 @@ def routes(house: House) -> APIRouter:
 async def predict(call: TheCall) -> Response:
     """One instance gives a flat list, several a list for each; the settings can make it nested always."""
     name = call.request.path_params["model"]
-    model = call.find(name)
+    try:
+        model = call.find(name)
+    except ModelNotFound:
+        raise ModelNotFound(f"Model with name {name} does not exist.", "model") from None
     asked = await call.read(Predict)
     chosen = {key.lower(): value for key, value in asked.parameters.items()}
     if len(chosen) < len(asked.parameters):
