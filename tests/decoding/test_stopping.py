@@ -104,5 +104,5 @@ def test_an_answer_ends_for_a_reason(arguments, reason):
 
 
 def test_reasons_are_their_texts():
-    assert [str(reason) for reason in FinishReason] == ["stop", "length", "cancelled", "error"]
+    assert [str(reason) for reason in FinishReason] == ["stop", "length", "cancelled", "error", "content_filter"]
     assert FinishReason.STOP == "stop"

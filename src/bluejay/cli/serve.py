@@ -154,9 +154,11 @@ async def _serve(
     from bluejay.accounts.ledger import Ledger, default_folder
     from bluejay.accounts.plans import read_plans
     from bluejay.accounts.store import Store
+    from bluejay.server.filters import read_filters
     from bluejay.server.serving import Server, write_ready_file
 
     plans = read_plans(tables.get("plans", {}))
+    filters = read_filters(tables.get("filters", {}), [model.name for model in models])
     store = Store.open(settings.database or None)
     try:
         ledger = Ledger(journal or default_folder(), store)
@@ -170,6 +172,7 @@ async def _serve(
                 dtype=settings.dtype,
                 device=settings.device,
                 threads=settings.threads,
+                filters=filters,
             )
             url = server.listen()
             _greet(url, server)

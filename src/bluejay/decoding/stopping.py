@@ -15,6 +15,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"  # max_new_tokens, max_length, max_time or the model's context
     CANCELLED = "cancelled"
     ERROR = "error"  # no token could be chosen
+    FILTERED = "content_filter"  # a server's filter refused it; OpenAI's word
 
 
 def new_token_limit(params: SamplingParams, num_prompt_tokens: int, n_positions: int) -> int:

@@ -28,6 +28,8 @@ from bluejay.server.limits import Limits
 from bluejay.server.metrics import Metrics
 from bluejay.server.models import ServedModel
 from bluejay.server.options import ServerOptions
+from bluejay.server.review import Flagged, Review
+from bluejay.server.watch import Watch
 from bluejay.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -89,6 +91,7 @@ class Service:
         ledger: where usage is written.
         filters: what looks at answers before they leave.
         metrics: what counts.
+        review: where what filters found is kept; None: it is not.
     """
 
     def __init__(
@@ -100,12 +103,14 @@ class Service:
         ledger: Ledger,
         filters: Filters,
         metrics: Metrics,
+        review: Review | None = None,
     ) -> None:
         self.options = options
         self.limits = limits
         self.ledger = ledger
         self.filters = filters
         self.metrics = metrics
+        self.review = review
         self.running: set[Run] = set()
         self._store = store
         self._recalling: dict[str, asyncio.Task[None]] = {}
@@ -254,10 +259,7 @@ class Run:
 
     async def events(self) -> AsyncGenerator[GenerationEvent, None]:
         """What comes, as it comes; an event's `request` is its prompt's place. To be closed by who iterates."""
-        rules = self._service.filters.of(self.asked.model.name)
         source = self._merged() if len(self.prompts) > 1 else self._single(0)
-        if rules is not None:
-            source = rules.watch(self, source)
         async with aclosing(source) as events:
             async for event in events:
                 self._note(event)
@@ -279,6 +281,26 @@ class Run:
         if self.num_generated > self.num_delivered:
             self.num_delivered = self.num_generated
             self._service.ledger.progress(self.caller.request_id, self.num_delivered)
+
+    def count_untold(self, num_tokens: int) -> None:
+        """Count tokens that were generated for the caller, whose ids a filter does not tell."""
+        self.num_generated += num_tokens
+
+    def prompt_text(self, place: int) -> str:
+        """A prompt as text; decoded where it came as token ids."""
+        prompt = self.asked.items[place].prompt
+        return prompt if isinstance(prompt, str) else self.asked.model.opened()[0].decode(prompt)
+
+    def note_filtered(self, place: int, rule: str, action: str, text: str) -> None:
+        """Count and log what a filter found, without the text; keep it for review where that is wanted."""
+        service, model, caller = self._service, self.asked.model.name, self.caller
+        service.metrics.filtered(model, rule, action)
+        _log.info("filtered", extra={"request_id": caller.request_id, "model": model, "rule": rule, "action": action})
+        if service.review is not None:
+            prompt = self.prompt_text(place)
+            service.review.add(
+                Flagged(caller.request_id, caller.principal.project_id, model, rule, action, prompt, text)
+            )
 
     def close(self) -> None:
         """Close the account and give the places back. May be called again."""
@@ -332,7 +354,13 @@ class Run:
             tenant=principal.project_id or "",
         )
 
-    async def _single(self, place: int) -> AsyncGenerator[GenerationEvent, None]:
+    def _single(self, place: int) -> AsyncGenerator[GenerationEvent, None]:
+        """The events of one prompt, as the model's filters let them out."""
+        rules = self._service.filters.of(self.asked.model.name)
+        return self._said(place) if rules is None else Watch(rules, self, place).events(self._said(place))
+
+    async def _said(self, place: int) -> AsyncGenerator[GenerationEvent, None]:
+        """What the model says to one prompt."""
         async with aclosing(self.asked.model.engine.generate(self._request(place))) as events:
             async for event in events:
                 yield replace(event, request=place) if place else event

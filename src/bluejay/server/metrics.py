@@ -70,6 +70,17 @@ class Metrics:
         )
         self._pending = Gauge(
             "bluejay_usage_pending", "Ended requests whose usage is not in the database yet", registry=self.registry
+        self._filtered = Counter(
+            "bluejay_filtered",
+            "What filters found, by the rule's name and what it did",
+            ("model", "rule", "action"),
+            registry=self.registry,
+        )
+        self._review = Counter(
+            "bluejay_flagged",
+            "Generations for review: kept, retried where the database was away, dropped where too many waited for it",
+            ("result",),
+            registry=self.registry,
         )
         self._took = Histogram(
             "bluejay_request_seconds", "From a request to its end", by, buckets=SECONDS, registry=self.registry
@@ -100,6 +111,14 @@ class Metrics:
         for one in run.usages.values():
             if one.per_token_s is not None:
                 self._per_token.labels(*labels).observe(one.per_token_s)
+
+    def filtered(self, model: str, rule: str, action: str) -> None:
+        """A filter found something."""
+        self._filtered.labels(model, rule, action).inc()
+
+    def reviewed(self, result: str, count: int = 1) -> None:
+        """Something was kept for review, or could not be."""
+        self._review.labels(result).inc(count)
 
     def engine(self, model: ServedModel, statistics: Statistics | None) -> None:
         """What a model's engine counts, as it is now; None if it does not tell."""

@@ -33,6 +33,7 @@ from bluejay.server.metrics import Metrics
 from bluejay.server.models import Models, ServedModel
 from bluejay.server.options import ModelOptions, ServerOptions
 from bluejay.server.protocol import BoundedProtocol
+from bluejay.server.review import Review
 
 _log = logging.getLogger("bluejay.server")
 
@@ -84,8 +85,17 @@ class Server:
 
         self.options = options
         self.models = Models(map(serve, models), strict_names=options.strict_names)
+        metrics = Metrics()
+        self.filters = filters or Filters()
+        self.review = Review(store, metrics) if options.keep_flagged else None
         self.service = Service(
-            options, store, limits=Limits(), ledger=ledger, filters=filters or Filters(), metrics=Metrics()
+            options,
+            store,
+            limits=Limits(),
+            ledger=ledger,
+            filters=self.filters,
+            metrics=metrics,
+            review=self.review,
         )
         door = Door(None if open_to_all else store, plans, open_to_admin=options.is_loopback)
         self.house = House(options, self.models, self.service, door, store, Life())
@@ -135,6 +145,9 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, http)
         async with AsyncExitStack() as stack:
+            if self.review is not None:
+                stack.push_async_callback(self.review.close)
+            stack.push_async_callback(self.filters.close)
             serving = asyncio.create_task(http.serve(sockets=self._sockets))
             stack.push_async_callback(_finish, http, serving)
             if self._grpc is not None:
