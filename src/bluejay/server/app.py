@@ -10,13 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from bluejay import __version__
-from bluejay.server import health
+from bluejay.server import admin, health
 from bluejay.server.call import House, json_response
 from bluejay.server.dialects import kserve_v1, listing, open_inference
 
 # Each dialect is a file; none knows another. Where paths overlap, the first that fits is taken.
 DIALECTS: tuple[Callable[[House], APIRouter], ...] = (
     health.routes,
+    admin.routes,
     kserve_v1.routes,
     open_inference.routes,
     listing.routes,

@@ -38,8 +38,9 @@ class Principal:
 
     Attributes:
         project_id, key_id: None on a server without keys.
-        name: for logs.
+        name: for logs: how the key begins.
         is_admin: whether routes of the administrator are open.
+        key_name: what the key is called; "" without one.
     """
 
     project_id: str | None
@@ -47,6 +48,12 @@ class Principal:
     name: str
     plan: Plan
     is_admin: bool
+    key_name: str = ""
+
+    @property
+    def reviewer(self) -> str:
+        """Under whose name something is noted."""
+        return self.key_name or self.name
 
 
 class Keys(Protocol):
@@ -70,9 +77,10 @@ class Door:
 
     def __init__(self, keys: Keys | None, plans: Mapping[str, Plan], *, open_to_admin: bool = False) -> None:
         self._keys = keys
-        self._plans = plans
+        self.plans = plans
         self._open_to_admin = open_to_admin
         self._known: OrderedDict[str, tuple[float, KeyRecord | None]] = OrderedDict()
+        self._num_forgotten = 0
 
     @property
     def is_open(self) -> bool:
@@ -108,12 +116,20 @@ class Door:
             raise Unauthenticated("the key is not known here")
         if (problem := record.problem(datetime.now(UTC))) is not None:
             raise Unauthenticated(problem)
-        plan = self._plans.get(record.project.plan)
+        plan = self.plans.get(record.project.plan)
         if plan is None:
             raise Forbidden(
                 f"the project's plan {record.project.plan} is not one of this server's; its operator can set it"
             )
-        return Principal(record.project.id, record.id, record.prefix, plan, "admin" in record.scopes)
+        return Principal(record.project.id, record.id, record.prefix, plan, "admin" in record.scopes, record.name)
+
+    def forget(self, digest: str | None = None) -> None:
+        """Ask the store again for a key that was revoked; for all keys, where a project was changed."""
+        self._num_forgotten += 1
+        if digest is None:
+            self._known.clear()
+        else:
+            self._known.pop(digest, None)
 
     async def _find(self, digest: str) -> KeyRecord | None:
         assert self._keys is not None
@@ -121,12 +137,16 @@ class Door:
         known_s, record = self._known.get(digest, (-MAX_AWAY_S, None))
         if now - known_s <= REMEMBERED_S:
             return record
+        num_forgotten = self._num_forgotten
         try:
             found = await asyncio.to_thread(self._look_up, digest)
         except Exception:
-            if record is not None and now - known_s <= MAX_AWAY_S:
+            still = num_forgotten == self._num_forgotten
+            if record is not None and still and now - known_s <= MAX_AWAY_S:
                 return record
             raise
+        if num_forgotten != self._num_forgotten:  # what was found may be from before
+            return await self._find(digest)
         self._known[digest] = (now, found)
         self._known.move_to_end(digest)
         while len(self._known) > MAX_REMEMBERED:

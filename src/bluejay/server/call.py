@@ -44,6 +44,7 @@ Handler = Callable[..., Coroutine[Any, Any, Response]]
 Render = Callable[[Failure], Any]
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,39}")
 MAX_TOLD = 8  # problems of one body; the first ones are what helps
 
 _log = logging.getLogger("bluejay.server")
@@ -326,7 +327,7 @@ async def _guarded(
         _log.info(
             "%s %s %d",
             request.method,
-            request.url.path,
+            request.scope["route"].path,  # not as it was called: what a caller writes there could be anything
             response.status_code,
             extra={"took_ms": round(1e3 * (time.monotonic() - began_s), 1)},
         )
@@ -449,4 +450,6 @@ def note_failure(error: BaseException, request_id: str) -> None:
     if failure.status >= 500 and not isinstance(error, EngineError) and failure.status not in (501, 503):
         _log.error("request %s failed", request_id, exc_info=error)
     else:
-        _log.info("refused: %s", failure.kind, extra={"status": failure.status, "param": failure.param})
+        # The message may quote what was sent, and the name of an unknown option is the caller's own.
+        param = failure.param if failure.param is not None and OPTION.fullmatch(failure.param) else None
+        _log.info("refused: %s", failure.kind, extra={"status": failure.status, "param": param})

@@ -70,6 +70,7 @@ class Metrics:
         )
         self._pending = Gauge(
             "bluejay_usage_pending", "Ended requests whose usage is not in the database yet", registry=self.registry
+        )
         self._filtered = Counter(
             "bluejay_filtered",
             "What filters found, by the rule's name and what it did",
