@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
+import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +19,7 @@ from bluejay.settings import Settings, load_settings, settings_tables
 
 if TYPE_CHECKING:
     from bluejay.server.options import ModelOptions, ServerOptions
+    from bluejay.server.tracing import Tracing
 
 ADDRESS, MODEL, LOAD, ACCOUNTS = "Address", "Models", "Load", "Accounts and logs"
 
@@ -70,6 +75,10 @@ def serve(
     log_json: Annotated[
         bool, typer.Option("--log-json", help="A JSON object each line.", rich_help_panel=ACCOUNTS)
     ] = False,
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", help="OpenTelemetry, as OTEL_… say; needs the extra otel.", rich_help_panel=ACCOUNTS),
+    ] = False,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING.", rich_help_panel=ACCOUNTS)] = "INFO",
     ready_file: Annotated[
         Path | None, typer.Option(help="Written when all models are ready: its URLs as JSON.", rich_help_panel=ADDRESS)
@@ -96,9 +105,12 @@ def serve(
     options = _options(tables.get("server", {}), flags)
     offered = _models(models or [], name or [], tables.get("models", {}), settings, draft)
     from bluejay.server.logs import set_up_logs
+    from bluejay.server.tracing import open_tracing
 
+    tracing = open_tracing(trace, os.environ)
     set_up_logs(as_json=log_json, level=log_level)
-    asyncio.run(_serve(options, offered, settings, tables, journal, ready_file))
+    say = logging.getLogger("bluejay").info if log_json else partial(typer.echo, err=True)
+    asyncio.run(_serve(options, offered, settings, tables, journal, ready_file, tracing, say))
 
 
 def _options(table: dict[str, Any], flags: dict[str, Any]) -> ServerOptions:
@@ -150,6 +162,8 @@ async def _serve(
     tables: dict[str, Any],
     journal: Path | None,
     ready_file: Path | None,
+    tracing: Tracing,
+    say: Callable[[str], None],
 ) -> None:
     from bluejay.accounts.ledger import Ledger, default_folder
     from bluejay.accounts.plans import read_plans
@@ -173,12 +187,13 @@ async def _serve(
                 device=settings.device,
                 threads=settings.threads,
                 filters=filters,
+                tracing=tracing,
             )
             url = server.listen()
-            _greet(url, server)
+            _greet(url, server, say)
 
             def ready() -> None:
-                typer.echo(f"ready: {', '.join(model.name for model in server.models)}", err=True)
+                say(f"ready: {', '.join(model.name for model in server.models)}")
                 if ready_file is not None:
                     write_ready_file(ready_file, url, server.grpc_address)
 
@@ -189,10 +204,10 @@ async def _serve(
         store.close()
 
 
-def _greet(url: str, server: Any) -> None:
+def _greet(url: str, server: Any, say: Callable[[str], None]) -> None:
     grpc = "" if server.grpc_address is None else f", for gRPC on {server.grpc_address}"
-    typer.echo(f"Bluejay listens on {url}{grpc}", err=True)
+    say(f"Bluejay listens on {url}{grpc}")
     if server.house.door.is_open:
         reach = "this machine" if server.options.is_loopback else "EVERYBODY who reaches this address"
-        typer.echo(f"There is no key yet: it is open to {reach}. To ask for keys: bluejay keys create NAME", err=True)
+        say(f"There is no key yet: it is open to {reach}. To ask for keys: bluejay keys create NAME")
     sys.stderr.flush()

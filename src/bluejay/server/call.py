@@ -38,6 +38,7 @@ from bluejay.server.errors import ClientGone, Failure, TooLarge, TooSlow, failur
 from bluejay.server.generation import Asked, Caller, Item, Run, Service
 from bluejay.server.models import Models, ServedModel
 from bluejay.server.options import ServerOptions
+from bluejay.server.tracing import NO_TRACING, Tracing
 
 Body = TypeVar("Body", bound=BaseModel)
 Handler = Callable[..., Coroutine[Any, Any, Response]]
@@ -100,6 +101,7 @@ class House:
     door: Door
     store: Store
     life: Life
+    tracing: Tracing = NO_TRACING
 
 
 class Call:
@@ -243,6 +245,7 @@ class _Stream(Response):
             pass
         finally:
             self._run.close()
+            self._call.caller.span.end(200)
 
 
 @asynccontextmanager
@@ -309,25 +312,34 @@ async def _guarded(
     dialect: Dialect,
 ) -> Response:
     began_s = time.monotonic()
-    request_id = name_request(request.headers)
+    request_id, route = name_request(request.headers), request.scope["route"].path
+    tracing = NO_TRACING if needed is Access.PUBLIC else house.tracing
+    span = tracing.begin(dialect.name, request.method, route, request_id, request.headers)
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(request_id=request_id, dialect=dialect.name)
+    if span.trace_id is not None:
+        structlog.contextvars.bind_contextvars(trace_id=span.trace_id)
     try:
         principal = await house.door.admit(needed, request.headers)
-        request.state.call = Call(request, house, dialect, Caller(principal, request_id, began_s))
+        request.state.call = Call(request, house, dialect, Caller(principal, request_id, began_s, span))
         response = await handle(request)
     except ClientGone:
         response = Response(status_code=499)  # nobody reads it
     except Exception as error:
         note_failure(error, request_id)
         response = dialect.answer(failure_of(error))
+    except asyncio.CancelledError:
+        span.end(499)
+        raise
+    if not isinstance(response, _Stream):  # which ends it itself
+        span.end(response.status_code)
     response.headers["X-Request-Id"] = request_id
     house.service.metrics.answered(dialect.name, response.status_code)
     if needed is not Access.PUBLIC:
         _log.info(
             "%s %s %d",
             request.method,
-            request.scope["route"].path,  # not as it was called: what a caller writes there could be anything
+            route,  # not the path: what a caller writes there could be anything
             response.status_code,
             extra={"took_ms": round(1e3 * (time.monotonic() - began_s), 1)},
         )

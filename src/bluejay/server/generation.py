@@ -29,6 +29,7 @@ from bluejay.server.metrics import Metrics
 from bluejay.server.models import ServedModel
 from bluejay.server.options import ServerOptions
 from bluejay.server.review import Flagged, Review
+from bluejay.server.tracing import NO_SPAN, Span
 from bluejay.server.watch import Watch
 from bluejay.tokenizer import Tokenizer
 
@@ -74,11 +75,13 @@ class Caller:
     Attributes:
         request_id: names the request in answers, logs and the ledger.
         received_s: when it came, by time.monotonic().
+        span: what is told of it in traces.
     """
 
     principal: Principal
     request_id: str
     received_s: float = field(default_factory=time.monotonic)
+    span: Span = NO_SPAN
 
 
 class Service:
@@ -310,7 +313,9 @@ class Run:
         ended = len(self.usages) == len(self.prompts)
         outcome: Outcome = "error" if self._failed else "completed" if ended else "cancelled"
         with self._places:
-            service.ledger.end(self._record(outcome))
+            record = self._record(outcome)
+            service.ledger.end(record)
+            self.caller.span.served(record)
             service.limits.spend(self.caller.principal.project_id or "", self.num_delivered)
             service.metrics.ended(self, outcome)
 

@@ -34,6 +34,7 @@ from bluejay.server.models import Models, ServedModel
 from bluejay.server.options import ModelOptions, ServerOptions
 from bluejay.server.protocol import BoundedProtocol
 from bluejay.server.review import Review
+from bluejay.server.tracing import NO_TRACING, Tracing
 
 _log = logging.getLogger("bluejay.server")
 
@@ -48,6 +49,7 @@ class Server:
         plans: by name.
         engine_options, dtype, device, threads: of every engine.
         filters: what looks at answers.
+        tracing: what is told of requests to who collects traces.
 
     Raises: ConfigError for names that clash, or an address that others reach while there is no key.
     """
@@ -65,6 +67,7 @@ class Server:
         device: str = "auto",
         threads: int = 0,
         filters: Filters | None = None,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         engine_options = replace(engine_options or EngineOptions(), max_num_sequences=options.max_running)
         open_to_all = not store.has_keys()
@@ -98,7 +101,7 @@ class Server:
             review=self.review,
         )
         door = Door(None if open_to_all else store, plans, open_to_admin=options.is_loopback)
-        self.house = House(options, self.models, self.service, door, store, Life())
+        self.house = House(options, self.models, self.service, door, store, Life(), tracing)
         self.app = create_app(self.house)
         self.grpc_address: str | None = None
         self._grpc: GrpcServer | None = None
@@ -145,6 +148,7 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, http)
         async with AsyncExitStack() as stack:
+            stack.push_async_callback(self.house.tracing.close)
             if self.review is not None:
                 stack.push_async_callback(self.review.close)
             stack.push_async_callback(self.filters.close)
