@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import signal
@@ -11,11 +12,12 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bluejay.engine import messages
 from bluejay.engine.messages import Hello, Message
@@ -25,7 +27,11 @@ MAX_SOCKET_PATH_BYTES = 103  # macOS takes no more, Linux 107
 CONNECT_TIMEOUT_S = 30.0  # Python's start and the imports without torch: 0.1 s, and much more on a machine that is busy
 WATCH_S = 0.1  # how often silence is looked for; it is noticed so much too late at most
 STOPPED_SILENCE_S = 0.5  # of a process that the system calls stopped: it will not speak before somebody continues it
+MAX_LINE_CHARS = 2_000
 POLL_S = 0.01  # a process that starts or ends is asked so often
+
+
+_log = logging.getLogger(__name__)
 
 
 class WorkerProcess:
@@ -144,12 +150,22 @@ async def _connected() -> tuple[subprocess.Popen[bytes], asyncio.StreamReader, a
     with _door() as (listener, path):
         # -P: without it a file in the working directory could stand before a module of the same name.
         command = [sys.executable, "-P", "-m", "bluejay.engine.worker", path]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        # A thread, not this loop: a loop that is busy must not keep the worker waiting for room in the pipe.
+        threading.Thread(target=_log_lines, args=(process.stderr, process.pid), daemon=True).start()
         try:
             return process, *await _accept(listener, process)
         except BaseException:
             await _unbroken(_end(process))
             raise
+
+
+def _log_lines(stderr: IO[bytes], pid: int) -> None:
+    """Log what a worker writes to stderr, line by line, until it ends: warnings, and what it says as it falls."""
+    with stderr:
+        for line in stderr:
+            if text := line.decode(errors="replace").rstrip():
+                _log.warning("worker: %s", text[:MAX_LINE_CHARS], extra={"worker_pid": pid})
 
 
 @contextmanager
