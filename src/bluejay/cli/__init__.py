@@ -15,6 +15,7 @@ import typer
 from bluejay import __version__
 from bluejay.cli.bench import bench
 from bluejay.cli.convert import convert
+from bluejay.cli.flagged import flagged
 from bluejay.cli.generate import generate
 from bluejay.cli.info import info
 from bluejay.cli.inspect import inspect
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(serve)
+app.add_typer(flagged, name="flagged")
 app.command()(pull)
 app.add_typer(models, name="models")
 app.command()(inspect)
