@@ -110,7 +110,17 @@ def serve(
     tracing = open_tracing(trace, os.environ)
     set_up_logs(as_json=log_json, level=log_level)
     say = logging.getLogger("bluejay").info if log_json else partial(typer.echo, err=True)
-    asyncio.run(_serve(options, offered, settings, tables, journal, ready_file, tracing, say))
+    with asyncio.Runner(loop_factory=_fast_loop()) as runner:
+        runner.run(_serve(options, offered, settings, tables, journal, ready_file, tracing, say))
+
+
+def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Makes uvloop's event loop; None is Python's own, where there is no uvloop."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 def _options(table: dict[str, Any], flags: dict[str, Any]) -> ServerOptions:

@@ -6,13 +6,14 @@ import asyncio
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 
@@ -32,9 +33,12 @@ from bluejay.server.limits import Gate, Limits
 from bluejay.server.metrics import Metrics
 from bluejay.server.models import Models, ServedModel
 from bluejay.server.options import ModelOptions, ServerOptions
-from bluejay.server.protocol import BoundedProtocol
+from bluejay.server.protocol import MAX_LINGERING, BoundedProtocol, bounded, tune
 from bluejay.server.review import Review
 from bluejay.server.tracing import NO_TRACING, Tracing
+
+LAST_WORDS_S = 3.0
+SPARE_FILES = 256  # beside connections: workers, the database, the journal, what the system needs
 
 _log = logging.getLogger("bluejay.server")
 
@@ -118,6 +122,7 @@ class Server:
             family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
             listening = socket.socket(family, socket.SOCK_STREAM)
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tune(listening)
             listening.bind((options.host, options.port))
         except (OSError, OverflowError) as error:
             raise ConfigError(
@@ -132,6 +137,7 @@ class Server:
             except ConfigError:
                 listening.close()
                 raise
+        allow_files(options.max_connections + MAX_LINGERING)
         port = listening.getsockname()[1]
         host = f"[{options.host}]" if ":" in options.host else options.host
         return f"http://{host}:{port}"
@@ -144,9 +150,9 @@ class Server:
         Raises: what loading a model raises.
         """
         loop = asyncio.get_running_loop()
-        http = _Http(_uvicorn_config(self.app, self.options))
+        http = _Http(self._config())
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end, http)
+            loop.add_signal_handler(number, self._end)
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self.house.tracing.close)
             if self.review is not None:
@@ -172,9 +178,25 @@ class Server:
             ending.cancel()
             await self._drain(http)
 
-    def _end(self, http: uvicorn.Server) -> None:
+    def _config(self) -> uvicorn.Config:
+        options, life, metrics = self.options, self.house.life, self.service.metrics
+        protocol = bounded(options, lambda: life.draining, lambda status: metrics.answered("http", status))
+        return uvicorn.Config(
+            self.app,
+            http=cast(Any, protocol),
+            ws="none",
+            loop="uvloop",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            backlog=2048,
+            timeout_graceful_shutdown=max(1, int(options.drain_s)),
+            proxy_headers=False,
+        )
+
+    def _end(self) -> None:
         if self.house.life.draining:
-            http.force_exit = True
             self.house.life.hurried = True
         self.house.life.draining = True
         self._asked_to_end.set()
@@ -207,26 +229,32 @@ class _Http(uvicorn.Server):
 
 
 async def _finish(http: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+    """The engines have ended, and with them every answer; connections get a moment to be read to their end."""
     http.should_exit = True
+    await asyncio.wait([serving], timeout=LAST_WORDS_S)
+    for task in list(http.server_state.tasks):
+        task.cancel()
+    await asyncio.sleep(0)
+    for connection in list(http.server_state.connections):
+        cast(BoundedProtocol, connection).abort()
     await asyncio.wait([serving])
 
 
-def _uvicorn_config(app: Any, options: ServerOptions) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http=BoundedProtocol,
-        ws="none",
-        loop="uvloop",
-        lifespan="off",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        date_header=True,
-        backlog=2048,
-        timeout_keep_alive=int(options.idle_timeout_s),
-        timeout_graceful_shutdown=max(1, int(options.drain_s)),
-        proxy_headers=False,
-    )
+def allow_files(num_connections: int) -> None:
+    """Raise the process's limit of open files so far that it holds all connections, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = num_connections + SPARE_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < wanted:
+        _log.warning(
+            "this process may open %d files, too few for %d connections; raise the limit (ulimit -n) or lower "
+            "max_connections",
+            allowed,
+            num_connections,
+        )
 
 
 def write_ready_file(path: Path, url: str, grpc: str | None) -> None:
