@@ -234,7 +234,7 @@ def test_strange_but_right_requests_are_answered(raw: bytes, path: str) -> None:
 
 
 def test_a_failing_application_tells_nothing() -> None:
-    app, heard = asyncio.run(alone(b"GET /boom HTTP/1.1\r\nHost: localhost\r\n\r\n"))
+    _, heard = asyncio.run(alone(b"GET /boom HTTP/1.1\r\nHost: localhost\r\n\r\n"))
     assert heard.startswith(b"HTTP/1.1 500 ")
     assert b"secret" not in heard
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -39,6 +40,11 @@ def create_app(house: House) -> FastAPI:
         app.include_router(routes(house))
     app.add_exception_handler(HTTPException, _no_route)
     return app
+
+
+def all_routes(house: House) -> list[APIRoute]:
+    """Every route of a server, dialect by dialect."""
+    return [route for routes in DIALECTS for route in routes(house).routes if isinstance(route, APIRoute)]
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

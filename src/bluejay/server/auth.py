@@ -174,11 +174,19 @@ def _check_page(headers: Mapping[str, str]) -> None:
 
     Raises: Forbidden for a request that a page sent, or that names another host.
     """
-    host = urlsplit(f"//{headers.get('host', 'localhost')}").hostname or ""
+    host = _host_of(f"//{headers.get('host', 'localhost')}")
     origin = headers.get("origin")
     if not is_loopback(host):
         raise Forbidden(
             f"a server without keys answers to localhost alone, not to {host[:100]!r}; make a key for others"
         )
-    if origin is not None and not is_loopback(urlsplit(origin).hostname or ""):
+    if origin is not None and not is_loopback(_host_of(origin)):
         raise Forbidden("a server without keys does not answer to pages of other hosts; make a key for them")
+
+
+def _host_of(url: str) -> str:
+    """The host in a URL; "" where there is none, or the URL is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
