@@ -16,7 +16,7 @@ import logging
 import math
 import re
 import time
-import uuid
+import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -47,6 +47,8 @@ Render = Callable[[Failure], Any]
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,39}")
 MAX_TOLD = 8  # problems of one body; the first ones are what helps
+
+_names = random.Random()  # drawn from the system once, not for each request: ids are to be told apart, not kept secret
 
 _log = logging.getLogger("bluejay.server")
 
@@ -315,6 +317,7 @@ async def _guarded(
     request_id, route = name_request(request.headers), request.scope["route"].path
     tracing = NO_TRACING if needed is Access.PUBLIC else house.tracing
     span = tracing.begin(dialect.name, request.method, route, request_id, request.headers)
+    refused: dict[str, Any] = {}
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(request_id=request_id, dialect=dialect.name)
     if span.trace_id is not None:
@@ -327,7 +330,9 @@ async def _guarded(
         response = Response(status_code=499)  # nobody reads it
     except Exception as error:
         note_failure(error, request_id)
-        response = dialect.answer(failure_of(error))
+        failure = failure_of(error)
+        refused = {"refused": failure.kind, "param": _plain(failure.param)}
+        response = dialect.answer(failure)
     except asyncio.CancelledError:
         span.end(499)
         raise
@@ -341,7 +346,7 @@ async def _guarded(
             request.method,
             route,  # not the path: what a caller writes there could be anything
             response.status_code,
-            extra={"took_ms": round(1e3 * (time.monotonic() - began_s), 1)},
+            extra={"took_ms": round(1e3 * (time.monotonic() - began_s), 1), **refused},
         )
     return response
 
@@ -451,7 +456,7 @@ def _too_large(limit: int) -> TooLarge:
 
 def name_request(headers: Mapping[str, str]) -> str:
     """The server's own name of a request; what the caller calls it is kept in front, where that is harmless."""
-    own = uuid.uuid4().hex
+    own = f"{_names.getrandbits(128):032x}"
     theirs = headers.get("x-request-id", "")
     return f"{theirs}-{own[:12]}" if REQUEST_ID.fullmatch(theirs) else own
 
@@ -462,6 +467,9 @@ def note_failure(error: BaseException, request_id: str) -> None:
     if failure.status >= 500 and not isinstance(error, EngineError) and failure.status not in (501, 503):
         _log.error("request %s failed", request_id, exc_info=error)
     else:
-        # The message may quote what was sent, and the name of an unknown option is the caller's own.
-        param = failure.param if failure.param is not None and OPTION.fullmatch(failure.param) else None
-        _log.info("refused: %s", failure.kind, extra={"status": failure.status, "param": param})
+        _log.debug("refused: %s", failure.kind, extra={"status": failure.status, "param": _plain(failure.param)})
+
+
+def _plain(param: str | None) -> str | None:
+    """An option's name, for the log; that of an unknown option is the caller's own text, and could be anything."""
+    return param if param is not None and OPTION.fullmatch(param) else None

@@ -67,6 +67,11 @@ class Asked:
     dialect: str
     asked_model: str
 
+    @property
+    def num_sequences(self) -> int:
+        """Rows of the engine's batch that all of it takes."""
+        return sum(item.num_sequences for item in self.items)
+
 
 @dataclass(frozen=True)
 class Caller:
@@ -130,6 +135,8 @@ class Service:
             raise Forbidden(f"the plan {plan.name} does not have the model {asked.model.name}")
         tokenizer, facts = asked.model.opened()
         self._bound(asked.items)
+        # Who finds no place is told so before any work is done for it; the place itself is taken by the run.
+        asked.model.gate.check(asked.num_sequences)
         await self._recall(caller.principal.project_id)
         prompts = await self.encode(tokenizer, [item.prompt for item in asked.items], facts.n_positions)
         self._bound_tokens(asked.items, prompts, facts.n_positions)
@@ -236,9 +243,8 @@ class Run:
         service, principal, asked = self._service, self.caller.principal, self.asked
         with ExitStack() as places:
             places.enter_context(service.limits.request(principal.project_id or "", principal.plan))
-            num_sequences = sum(item.num_sequences for item in asked.items)
-            asked.model.gate.enter(num_sequences)
-            places.callback(asked.model.gate.leave, num_sequences)
+            asked.model.gate.enter(asked.num_sequences)
+            places.callback(asked.model.gate.leave, asked.num_sequences)
             self._open_account()
             service.running.add(self)
             places.callback(service.running.discard, self)

@@ -43,13 +43,17 @@ class Gate:
 
     def enter(self, num_sequences: int) -> None:
         """Take places. Raises: Overloaded at once if there are not as many."""
+        self.check(num_sequences)
+        if not self.num_inside:
+            self._since_s = self._clock()
+        self.num_inside += num_sequences
+
+    def check(self, num_sequences: int) -> None:
+        """Whether there are as many places. Raises: Overloaded if not."""
         # A request that is larger than everything runs alone, as it does in the engine.
         if self.num_inside and self.num_inside + num_sequences > self._capacity:
             wait_s = self._promise(num_sequences)
             raise Overloaded(f"all {self._capacity} places are taken; try again in {math.ceil(wait_s)} s", wait_s)
-        if not self.num_inside:
-            self._since_s = self._clock()
-        self.num_inside += num_sequences
 
     def leave(self, num_sequences: int) -> None:
         """Give places back."""
