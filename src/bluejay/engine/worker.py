@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from bluejay.engine.request import GenerationEvent
 
 BEAT_S = 0.25
+NICE = 5  # whoever holds the engine has little to do, and others wait for it: let it go first
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 _log = logging.getLogger(__name__)
@@ -278,6 +279,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _end_with_parent()
+    os.nice(NICE)
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connected.connect(sys.argv[1])
     Worker(Connection(connected)).run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -171,6 +172,8 @@ class Server:
             await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
                 loading.result()
+                gc.collect()
+                gc.freeze()  # what is here now stays: looking through it again and again would stop the loop for 50 ms
                 on_ready()
             else:
                 loading.cancel()
