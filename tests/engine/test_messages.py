@@ -128,7 +128,13 @@ MESSAGES: dict[str, st.SearchStrategy[Any]] = {
     "Ready": _all(
         messages.Ready,
         facts=_all(
-            messages.Facts, model=TEXTS, n_positions=COUNTS, vocab_size=COUNTS, num_cache_tokens=COUNTS, pid=COUNTS
+            messages.Facts,
+            model=TEXTS,
+            path=TEXTS,
+            n_positions=COUNTS,
+            vocab_size=COUNTS,
+            num_cache_tokens=COUNTS,
+            pid=COUNTS,
         ),
     ),
     "Beat": _all(messages.Beat, step_age_s=st.floats(0, 1e9)),
@@ -264,7 +270,7 @@ def test_a_hello_of_another_version_is_refused() -> None:
 def _error(kind: type[errors.BluejayError]) -> errors.BluejayError:
     if issubclass(kind, errors.RequestError):
         return kind("why", "top_p")
-    return kind("why", 3.5) if issubclass(kind, errors.Overloaded) else kind("why")
+    return kind("why", 3.5) if issubclass(kind, errors.Overloaded | errors.QuotaExceeded) else kind("why")
 
 
 ERRORS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.BluejayError)]

@@ -24,7 +24,7 @@ from bluejay import errors
 from bluejay.engine.options import EngineOptions
 from bluejay.engine.request import GenerationEvent, GenerationRequest
 from bluejay.engine.statistics import Statistics
-from bluejay.errors import BluejayError, EngineError, Overloaded, RequestError
+from bluejay.errors import BluejayError, EngineError, Overloaded, QuotaExceeded, RequestError
 
 PROTOCOL_VERSION = 1  # of the messages below, and of every dataclass in them
 MAX_FRAME_BYTES = 16 * 2**20  # a million token ids; understanding such a one keeps the server's loop for a second
@@ -181,7 +181,7 @@ class Fault:
             return EngineError(f"{self.name}: {self.message}")
         if issubclass(found, RequestError):
             return found(self.message, self.param)
-        if issubclass(found, Overloaded):
+        if issubclass(found, Overloaded | QuotaExceeded):
             return found(self.message, self.retry_after_s or 0.0)
         return found(self.message)
 
