@@ -38,6 +38,29 @@ def test_repetition_penalty_makes_seen_tokens_less_likely_whatever_their_sign():
     assert result.tolist() == [[1, -4, 3], [2, -2, 1.5]]
 
 
+def test_a_bias_is_added_to_the_tokens_it_names():
+    result = P.logit_bias(scores([1, -INF, 3], [1, 2, 3]), [[0], [0]], [{0: 2.0, 1: 100.0}, {2: -100.0}])
+    assert result.tolist() == [[3, -INF, 3], [1, 2, -97]]
+    [processor] = chain(logit_bias={5: -1.0})
+    assert processor(torch.zeros(1, 6), [[1]]).tolist() == [[0, 0, 0, 0, 0, -1]]
+    assert chain(logit_bias={}) == []
+
+
+def test_a_bias_outside_the_vocabulary_is_refused():
+    with pytest.raises(InvalidRequest, match=r"logit_bias names \[6\], expected ids from 0 to 5") as error:
+        chain(logit_bias={6: 1.0, 2: 1.0})
+    assert error.value.param == "logit_bias"
+
+
+def test_penalties_count_the_answer_alone():
+    values = [(0.5, 1.0, 2), (0.25, 0.0, 1), (0.5, 1.0, 3)]
+    result = P.answer_penalties(torch.zeros(3, 4), [[3, 3, 1, 1, 2], [3, 0], [1, 1, 1]], values)
+    assert result.tolist() == [[0, -2, -1.5, 0], [-0.25, 0, 0, 0], [0, 0, 0, 0]]
+    assert P.answer_penalties(torch.ones(1, 2), [[1]], [(2.0, 2.0, 1)]).tolist() == [[1, 1]]
+    [processor] = chain(prompt=(1, 1), presence_penalty=-1.0)
+    assert processor(torch.zeros(1, 3), [[1, 1, 2]]).tolist() == [[0, 0, 1]]
+
+
 @pytest.mark.parametrize(
     ("history", "size", "expected"),
     [
@@ -140,12 +163,13 @@ def test_later_groups_pay_for_each_time_a_token_was_chosen():
 
 def test_scores_that_come_in_stay_as_they_are():
     options = {"repetition_penalty": 2.0, "no_repeat_ngram_size": 1, "min_new_tokens": 9, "bad_words_ids": [[4]]}
+    options |= {"frequency_penalty": 1.0, "logit_bias": {3: 1.0}}
     options |= {"do_sample": True, "temperature": 0.5, "top_k": 2, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.5}
     values = torch.randn(2, 6)
     before = values.clone()
     processors = chain(remove_invalid_values=True, encoder_no_repeat_ngram_size=2, **options)
-    assert len(processors) == 11
-    P.process(processors, values, [[1, 2], [3, 4]])
+    assert len(processors) == 13
+    P.process(processors, values, [[1, 2, 3], [3, 4, 4]])
     assert torch.equal(values, before)
 
 

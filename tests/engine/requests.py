@@ -48,6 +48,8 @@ def mixed_request(
         options |= {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.7, "num_return_sequences": 2}
     for chance, more in (
         (0.3, {"repetition_penalty": 1.3}),
+        (0.2, {"frequency_penalty": 0.7, "presence_penalty": -0.4}),
+        (0.1, {"logit_bias": {5: 4.0, 9: -100.0}}),
         (0.2, {"no_repeat_ngram_size": 2}),
         (0.2, {"logprobs": 2}),
         (0.2, {"prompt_logprobs": 1}),

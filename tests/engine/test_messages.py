@@ -76,6 +76,9 @@ PARAMS = _all(
     min_p=st.none() | st.floats(0, 1),
     typical_p=st.none() | st.floats(0, 1, exclude_min=True),
     repetition_penalty=st.floats(0, 1e300, exclude_min=True),
+    frequency_penalty=st.floats(-2, 2),
+    presence_penalty=st.floats(-2, 2),
+    logit_bias=st.none() | st.dictionaries(IDS, st.floats(allow_nan=False, allow_infinity=False), max_size=3),
     no_repeat_ngram_size=WHOLE,
     encoder_no_repeat_ngram_size=WHOLE,
     bad_words_ids=st.none() | st.lists(st.lists(IDS, min_size=1, max_size=3), min_size=1, max_size=3),
@@ -261,7 +264,7 @@ def test_a_frame_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_hello_of_another_version_is_refused() -> None:
     messages.check_version(messages.Hello(messages.PROTOCOL_VERSION))
-    with pytest.raises(ProtocolError, match="speaks protocol 99, this one 1"):
+    with pytest.raises(ProtocolError, match=f"speaks protocol 99, this one {messages.PROTOCOL_VERSION}"):
         messages.check_version(messages.Hello(99))
     with pytest.raises(ProtocolError, match="expected Hello"):
         messages.check_version(messages.Beat(0.0))

@@ -96,6 +96,9 @@ def some_penalties(rng: random.Random) -> dict[str, Any]:
         options["bad_words_ids"] = some_words(rng)
     if rng.random() < 0.15:
         options["remove_invalid_values"] = True
+    if rng.random() < 0.2:
+        # transformers takes no id 0.
+        options["logit_bias"] = {rng.randrange(1, V): rng.choice((-100.0, -1.5, 0.5, 3.0, 100.0)) for _ in range(4)}
     return options
 
 
@@ -143,6 +146,9 @@ def some_case(rng: random.Random, mode: str) -> tuple[list[int], dict[str, Any]]
 def theirs(options: dict[str, Any]) -> dict[str, Any]:
     """The same options for transformers; end-of-text is its padding too, as is its habit."""
     eos = options.get("eos_token_id", 0)
+    if "logit_bias" in options:
+        bias = [[[token], value] for token, value in options["logit_bias"].items()]
+        options = {**{name: value for name, value in options.items() if name != "logit_bias"}, "sequence_bias": bias}
     return {**options, "pad_token_id": eos if isinstance(eos, int) else eos[0]}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,6 +42,10 @@ class SamplingParams:
         min_p: draw among those with at least this fraction of the likeliest one's probability.
         typical_p: draw among those whose surprise is nearest to the expected one, together of this probability.
         repetition_penalty: above 1 makes tokens of prompt and answer less likely to come again.
+        frequency_penalty, presence_penalty: what a token's logit loses for each time that it is in the answer, and for
+            being in it at all; from -2 to 2, the prompt does not count. OpenAI's.
+        logit_bias: token id -> what is added to its logit before all else; 100 makes it all but certain, -100 keeps it
+            away. OpenAI's, and transformers' `sequence_bias` of single tokens.
         no_repeat_ngram_size: n-grams of this size come only once in prompt and answer; 0 is off.
         encoder_no_repeat_ngram_size: n-grams of this size in the prompt do not come in the answer; 0 is off.
         bad_words_ids: token sequences that never come.
@@ -58,7 +62,8 @@ class SamplingParams:
         ignore_eos: no token ends the answer.
 
     Raises: InvalidRequest, with everything that is wrong at once; its `param` is the first.
-    Source: transformers 4.56.2, GenerationConfig and `generate`; `stop` is its `stop_strings`.
+    Source: transformers 4.56.2, GenerationConfig and `generate`; `stop` is its `stop_strings`. OpenAI's
+        API reference, completions, for what is OpenAI's.
     """
 
     max_length: int | None = None
@@ -77,6 +82,9 @@ class SamplingParams:
     min_p: float | None = None
     typical_p: float | None = 1.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
     no_repeat_ngram_size: int = 0
     encoder_no_repeat_ngram_size: int = 0
     bad_words_ids: Sequence[Sequence[int]] | None = None
@@ -102,6 +110,9 @@ class SamplingParams:
             if value is not None:
                 object.__setattr__(self, name, float(value))
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if self.logit_bias is not None:
+            bias = {token: float(value) for token, value in self.logit_bias.items()}
+            object.__setattr__(self, "logit_bias", bias)
         if self.bad_words_ids is not None:
             object.__setattr__(self, "bad_words_ids", tuple(tuple(word) for word in self.bad_words_ids))
         if self.eos_token_id is not None:
@@ -154,6 +165,8 @@ _NUMBERS: dict[str, tuple[float, bool, float, bool]] = {
     "min_p": (0.0, True, 1.0, True),
     "typical_p": (0.0, False, 1.0, True),
     "repetition_penalty": (0.0, False, math.inf, False),
+    "frequency_penalty": (-2.0, True, 2.0, False),
+    "presence_penalty": (-2.0, True, 2.0, False),
     "diversity_penalty": (0.0, True, math.inf, False),
     "length_penalty": (-50.0, True, 50.0, False),  # 2,048 tokens to the 50th is still a number
     "max_time": (0.0, True, math.inf, True),
@@ -163,6 +176,10 @@ _FLAGS = ("do_sample", "remove_invalid_values", "ignore_eos")
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _wrong_values(params: SamplingParams) -> Iterator[tuple[str, str]]:
@@ -177,8 +194,7 @@ def _wrong_values(params: SamplingParams) -> Iterator[tuple[str, str]]:
         value = getattr(params, name)
         if value is None and optional:
             continue
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or not least <= value <= most or (value == least and not least_in):
+        if not _is_number(value) or not least <= value <= most or (value == least and not least_in):
             start = f"from {least:g}" if least_in else f"above {least:g}"
             until = "" if math.isinf(most) else f" to {most:g}"
             yield name, f"expected a number {start}{until}{', or None' if optional else ''}"
@@ -197,6 +213,11 @@ def _wrong_lists(params: SamplingParams) -> Iterator[tuple[str, str]]:
     words = params.bad_words_ids
     if words is not None and not (_is_list(words, lambda word: _is_list(word, _is_token) and len(word) > 0) and words):
         yield "bad_words_ids", "expected a list of lists of token ids, none of them empty, or None"
+    bias = params.logit_bias
+    if bias is not None and not (
+        isinstance(bias, Mapping) and all(map(_is_token, bias)) and all(map(_is_number, bias.values()))
+    ):
+        yield "logit_bias", "expected a table of token ids and finite numbers, or None"
     eos = (params.eos_token_id,) if isinstance(params.eos_token_id, int) else params.eos_token_id
     if eos is not None and not (_is_list(eos, _is_token) and eos):
         yield "eos_token_id", "expected a token id or several, or None; ignore_eos=True is for none at all"

@@ -4,13 +4,13 @@ A function takes scores, histories and one value of its option for each row, and
 with different options are processed together. An option at its default adds no processor.
 
 Shapes (B rows, V ids): scores [B, V] float32; histories: B lists of ids, prompt and answer so far.
-Source: transformers 4.56.2, `_get_logits_processor`.
+Source: transformers 4.56.2, `_get_logits_processor`; OpenAI's API reference for the penalties that count the answer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain as joined
 from typing import Any
@@ -52,11 +52,16 @@ def processors_for(
     Args:
         forbidden: [V] bool, ids that have no token. Their logits must already be -inf; here they only need care where
             `remove_invalid_values` would make them finite again.
-    Raises: InvalidRequest if `bad_words_ids` names an id outside the vocabulary.
+    Raises: InvalidRequest if `bad_words_ids` or `logit_bias` names an id outside the vocabulary.
     """
     chain: list[Processor] = []
+    if params.logit_bias:
+        chain.append(Processor(logit_bias, _checked_bias(params.logit_bias, vocab_size)))
     if params.repetition_penalty != 1:
         chain.append(Processor(repetition_penalty, params.repetition_penalty))
+    if params.frequency_penalty != 0 or params.presence_penalty != 0:
+        penalties = (params.frequency_penalty, params.presence_penalty, len(prompt))
+        chain.append(Processor(answer_penalties, penalties))
     if params.no_repeat_ngram_size > 0:
         chain.append(Processor(no_repeat_ngram, params.no_repeat_ngram_size))
     if params.encoder_no_repeat_ngram_size > 0:
@@ -158,6 +163,41 @@ def diversity(scores: Tensor, chosen: Sequence[int], penalty: float) -> Tensor:
     size = scores.shape[-1]
     counts = torch.bincount(torch.tensor(chosen, device=scores.device), minlength=size)
     return scores - penalty * counts[:size]  # an end-of-text outside the vocabulary costs nobody anything
+
+
+def _checked_bias(bias: Mapping[int, float], vocab_size: int) -> Mapping[int, float]:
+    if outside := sorted(token for token in bias if token >= vocab_size):
+        raise InvalidRequest(f"logit_bias names {outside[:10]}, expected ids from 0 to {vocab_size - 1}", "logit_bias")
+    return bias
+
+
+def logit_bias(scores: Tensor, histories: Histories, biases: Sequence[Mapping[int, float]]) -> Tensor:
+    """Add each row's biases to the scores of its tokens."""
+    rows = [row for row, bias in enumerate(biases) for _ in bias]
+    ids = list(joined.from_iterable(biases))
+    values = scores.new_tensor([value for bias in biases for value in bias.values()])
+    places = (torch.tensor(rows, device=scores.device), torch.tensor(ids, device=scores.device))
+    return scores.index_put(places, values, accumulate=True)
+
+
+def answer_penalties(scores: Tensor, histories: Histories, values: Sequence[tuple[float, float, int]]) -> Tensor:
+    """Make tokens of the answer so far less likely: by how often they came, and for having come.
+
+    Args: values: for each row its frequency penalty, its presence penalty, and the length of its prompt.
+    Source: OpenAI's API reference, "Frequency and presence penalties": mu - count * frequency - (count > 0) * presence.
+    """
+    frequency, presence, starts = zip(*values, strict=True)
+    answers = [history[start:] for history, start in zip(histories, starts, strict=True)]
+    rows = [row for row, answer in enumerate(answers) for _ in answer]
+    if not rows:
+        return scores
+    counts = torch.zeros_like(scores)
+    places = (
+        torch.tensor(rows, device=scores.device),
+        torch.tensor(list(joined.from_iterable(answers)), device=scores.device),
+    )
+    counts.index_put_(places, counts.new_ones(()), accumulate=True)
+    return scores - _numbers(frequency, scores) * counts - _numbers(presence, scores) * (counts > 0)
 
 
 def repetition_penalty(scores: Tensor, histories: Histories, penalties: Sequence[float]) -> Tensor:
@@ -312,7 +352,9 @@ def _unsorted(flags: Tensor, ids: Tensor) -> Tensor:
 
 # In which they apply, whatever the request.
 _ORDER: tuple[Callable[..., Tensor], ...] = (
+    logit_bias,
     repetition_penalty,
+    answer_penalties,
     no_repeat_ngram,
     _no_ngram_of_prompt,
     bad_words,

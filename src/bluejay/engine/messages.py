@@ -10,7 +10,7 @@ must be there and no other may: two sides of different versions part at once, an
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -26,7 +26,7 @@ from bluejay.engine.request import GenerationEvent, GenerationRequest
 from bluejay.engine.statistics import Statistics
 from bluejay.errors import BluejayError, EngineError, Overloaded, QuotaExceeded, RequestError
 
-PROTOCOL_VERSION = 1  # of the messages below, and of every dataclass in them
+PROTOCOL_VERSION = 2  # of the messages below, and of every dataclass in them
 MAX_FRAME_BYTES = 16 * 2**20  # a million token ids; understanding such a one keeps the server's loop for a second
 HEADER = struct.Struct(">I")
 
@@ -243,8 +243,9 @@ def num_body_bytes(header: bytes) -> int:
 def unpack(body: bytes) -> Message:
     """The message in a frame's body. Raises: ProtocolError if there is none, or not one of this version."""
     try:
-        value = msgpack.unpackb(body, unicode_errors="surrogatepass")
-    except (ValueError, msgpack.UnpackException) as error:
+        # strict_map_key: tables of token ids have whole numbers for keys; a key that no map can have is a TypeError.
+        value = msgpack.unpackb(body, unicode_errors="surrogatepass", strict_map_key=False)
+    except (TypeError, ValueError, msgpack.UnpackException) as error:
         raise ProtocolError(f"a message is not msgpack: {type(error).__name__}: {error}") from None
     if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and value[0] in KINDS):
         raise ProtocolError(f"a message is {value!r:.80}, expected one of {', '.join(KINDS)} and its fields")
@@ -276,6 +277,8 @@ def _plain(value: Any) -> Any:
         return float(value)
     if isinstance(value, Sequence):  # a range
         return list(value)
+    if isinstance(value, Mapping):
+        return dict(value)
     raise TypeError(f"{value!r:.80} ({type(value).__name__})")
 
 
@@ -291,6 +294,8 @@ def _reader(hint: Any) -> Read:
         return _row_reader(tuple(map(_reader, arguments)))
     if origin in (list, tuple, Sequence):
         return _list_reader(_reader(arguments[0]), tuple if origin is tuple else list)
+    if origin is Mapping:
+        return _map_reader(*map(_reader, arguments))
     if origin is Literal:
         return _expect(lambda value: value in arguments and type(value) is not bool, " or ".join(map(repr, arguments)))
     if isinstance(hint, type) and issubclass(hint, Enum):
@@ -320,6 +325,11 @@ def _enum_reader(kind: type[Enum]) -> Read:
 def _list_reader(read: Read, make: type[list[Any]] | type[tuple[Any, ...]]) -> Read:
     check = _expect(lambda value: type(value) is list, "a list")
     return lambda value: make(map(read, check(value)))
+
+
+def _map_reader(read_key: Read, read_value: Read) -> Read:
+    check = _expect(lambda value: type(value) is dict, "a table")
+    return lambda value: {read_key(key): read_value(one) for key, one in check(value).items()}
 
 
 def _row_reader(readers: tuple[Read, ...]) -> Read:
