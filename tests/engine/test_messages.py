@@ -126,7 +126,7 @@ MESSAGES: dict[str, st.SearchStrategy[Any]] = {
     "Generate": _all(messages.Generate, number=COUNTS, request=REQUESTS),
     "Cancel": _all(messages.Cancel, number=COUNTS),
     "Count": _all(messages.Count, number=COUNTS),
-    "Embed": _all(messages.Embed, number=COUNTS, texts=st.lists(TEXTS, max_size=3)),
+    "Embed": _all(messages.Embed, number=COUNTS, texts=st.lists(TEXTS | st.lists(IDS, max_size=3), max_size=3)),
     "Progress": _all(messages.Progress, done_bytes=COUNTS, total_bytes=COUNTS),
     "Ready": _all(
         messages.Ready,
@@ -135,6 +135,7 @@ MESSAGES: dict[str, st.SearchStrategy[Any]] = {
             model=TEXTS,
             path=TEXTS,
             n_positions=COUNTS,
+            n_embd=COUNTS,
             vocab_size=COUNTS,
             num_cache_tokens=COUNTS,
             pid=COUNTS,

@@ -177,10 +177,11 @@ class EngineClient:
         answer: Counted = await self._question(Count)
         return answer.statistics
 
-    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
+    async def embed(self, texts: Sequence[str | Sequence[int]]) -> list[list[float]]:
         """One vector for each text, as `LLM.embed`. Raises: RequestError, EngineError."""
+        plain = [text if isinstance(text, str) else list(text) for text in texts]
         try:
-            answer: Embedded = await self._question(lambda number: Embed(number, list(texts)))
+            answer: Embedded = await self._question(lambda number: Embed(number, plain))
         except ProtocolError as error:
             raise InvalidRequest(str(error), "text") from None
         flat = array("f", answer.vectors).tolist()

@@ -215,13 +215,17 @@ class LLM:
         """
         return self._scorer.score([self._encode_pair(*pair) for pair in pairs])
 
-    def embed(self, texts: str | Sequence[str]) -> Tensor:
+    def embed(self, texts: str | Sequence[Prompt]) -> Tensor:
         """One vector for each text: the mean over its tokens of the last hidden states.
 
+        Args:
+            texts: one text, or several; each of several may come as token ids.
         Returns: [n, n_embd] float32, on the CPU. Raises: RequestError for an empty or too long text.
         """
-        listed = [texts] if isinstance(texts, str) else texts
-        return self._scorer.embed([self.tokenizer.encode(text) for text in listed])
+        listed: Sequence[Prompt] = [texts] if isinstance(texts, str) else texts
+        return self._scorer.embed(
+            [self.tokenizer.encode(text) if isinstance(text, str) else _ids(text) for text in listed]
+        )
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids that a prompt begins with; <|endoftext|> for an empty text.

@@ -80,10 +80,10 @@ class Count:
 
 @dataclass(frozen=True)
 class Embed:
-    """To the worker: one vector for each text."""
+    """To the worker: one vector for each text, which may come as token ids."""
 
     number: int
-    texts: list[str]
+    texts: list[str | list[int]]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Facts:
     Attributes:
         model: the name that was asked for.
         path: the directory it was found in, the tokenizer's files beside the weights.
-        n_positions, vocab_size: the model's.
+        n_positions, n_embd, vocab_size: the model's.
         num_cache_tokens: how many tokens the engine's cache holds.
         pid: the worker's process.
     """
@@ -109,6 +109,7 @@ class Facts:
     model: str
     path: str
     n_positions: int
+    n_embd: int
     vocab_size: int
     num_cache_tokens: int
     pid: int

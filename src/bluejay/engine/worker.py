@@ -169,7 +169,13 @@ class Worker:
         config = llm.config
         folder = llm.path if llm.path.is_dir() else llm.path.parent
         facts = Facts(
-            llm.name, str(folder), config.n_positions, config.vocab_size, llm.engine.num_cache_tokens, os.getpid()
+            model=llm.name,
+            path=str(folder),
+            n_positions=config.n_positions,
+            n_embd=config.n_embd,
+            vocab_size=config.vocab_size,
+            num_cache_tokens=llm.engine.num_cache_tokens,
+            pid=os.getpid(),
         )
         self._connection.send(Ready(facts))
         return llm
