@@ -178,6 +178,14 @@ class Call:
         finally:
             run.close()
 
+    async def vectors(self, run: Run) -> list[list[float]]:
+        """One vector for each prompt, instead of answers. Raises: RequestError, and as `finish`."""
+        try:
+            async with until_gone(self.request.receive), self._deadline():
+                return await run.vectors()
+        finally:
+            run.close()
+
     def stream(
         self,
         run: Run,
@@ -186,7 +194,7 @@ class Call:
         on_failure: Callable[[Failure], bytes],
         media_type: str = "text/event-stream",
     ) -> Response:
-        """Send chunks as they come.
+        """Send chunks as they come. What fails before the first one is told as it is without a stream, with its status.
 
         Args:
             chunks: made of `run.events()`; what the model has said when a chunk comes counts as delivered with it.
@@ -229,6 +237,17 @@ class _Stream(Response):
         self._run = run
         self._chunks = chunks
         self._on_failure = on_failure
+        self._first: bytes | None = None
+
+    async def begin(self) -> None:
+        """Wait for the first chunk. Raises: what fails before it, and ClientGone."""
+        try:
+            async with until_gone(self._call.request.receive), self._call._deadline():
+                self._first = await anext(self._chunks, None)
+        except BaseException:
+            await self._chunks.aclose()
+            self._run.close()
+            raise
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -236,6 +255,9 @@ class _Stream(Response):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 try:
                     async with self._call._deadline(), aclosing(self._chunks) as chunks:
+                        if self._first is not None:
+                            self._run.deliver()
+                            await send({"type": "http.response.body", "body": self._first, "more_body": True})
                         async for chunk in chunks:
                             self._run.deliver()
                             await send({"type": "http.response.body", "body": chunk, "more_body": True})
@@ -337,6 +359,8 @@ async def _guarded(
         principal = await house.door.admit(needed, request.headers)
         request.state.call = Call(request, house, dialect, Caller(principal, request_id, began_s, span))
         response = await handle(request)
+        if isinstance(response, _Stream):
+            await response.begin()
     except ClientGone:
         response = Response(status_code=499)  # nobody reads it
     except Exception as error:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import accumulate
 
 from bluejay.accounts.ledger import Ledger
 from bluejay.accounts.records import Outcome
@@ -40,10 +41,16 @@ _log = logging.getLogger("bluejay.server")
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt and how to go on from it."""
+    """One prompt and how to go on from it.
+
+    Attributes:
+        reads_only: the prompt is read for its log-probabilities; what the engine chooses behind it neither counts nor
+            comes out.
+    """
 
     prompt: Prompt
     params: SamplingParams
+    reads_only: bool = False
 
     @property
     def num_sequences(self) -> int:
@@ -174,10 +181,15 @@ class Service:
             raise ContextLengthExceeded(
                 f"the prompt has {len(too_long[0]):,} characters, more than {n_positions:,} tokens can say", "prompt"
             )
-        loop = asyncio.get_running_loop()
-        encoded = iter(await loop.run_in_executor(self._tokenising, tokenizer.encode_batch, texts) if texts else [])
+        encoded = iter(await self.tokenise(tokenizer, texts))
         start = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         return [(next(encoded) if isinstance(prompt, str) else list(prompt)) or start for prompt in prompts]
+
+    async def tokenise(self, tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, none for an empty one; the loop goes on meanwhile. Raises: InvalidRequest."""
+        if not texts:
+            return []
+        return await asyncio.get_running_loop().run_in_executor(self._tokenising, tokenizer.encode_batch, texts)
 
     def _bound(self, items: Sequence[Item]) -> None:
         """Raises: InvalidRequest for more than one request may ask, before anything is made for it."""
@@ -268,7 +280,7 @@ class Run:
 
     async def events(self) -> AsyncGenerator[GenerationEvent, None]:
         """What comes, as it comes; an event's `request` is its prompt's place. To be closed by who iterates."""
-        source = self._merged() if len(self.prompts) > 1 else self._single(0)
+        source = self._merged() if len(self.prompts) > 1 else self._of(0)
         async with aclosing(source) as events:
             async for event in events:
                 self._note(event)
@@ -284,6 +296,17 @@ class Run:
                     raise EngineError(event.error)
                 outputs[event.request].add(event)
         return outputs
+
+    async def vectors(self) -> list[list[float]]:
+        """One vector for each prompt, instead of answers. Raises: RequestError, EngineError."""
+        engine, most = self.asked.model.engine, self.asked.model.opened()[1].n_positions
+        vectors: list[list[float]] = []
+        while len(vectors) < len(self.prompts):
+            first = len(vectors)
+            vectors += await engine.embed(_as_many(self.prompts[first:], most))
+            for place in range(first, len(vectors)):
+                self.usages[place] = Usage(prompt_tokens=len(self.prompts[place]))
+        return vectors
 
     def deliver(self) -> None:
         """Note that what came so far goes to the caller now; to be called before it is sent."""
@@ -365,16 +388,13 @@ class Run:
             tenant=principal.project_id or "",
         )
 
-    def _single(self, place: int) -> AsyncGenerator[GenerationEvent, None]:
-        """The events of one prompt, as the model's filters let them out."""
+    def _of(self, place: int) -> AsyncGenerator[GenerationEvent, None]:
+        """What comes for one prompt, as the model's filters let it out; the events name the first prompt."""
+        events: AsyncGenerator[GenerationEvent, None] = self.asked.model.engine.generate(self._request(place))
+        if self.asked.items[place].reads_only:
+            return _without_answers(events)
         rules = self._service.filters.of(self.asked.model.name)
-        return self._said(place) if rules is None else Watch(rules, self, place).events(self._said(place))
-
-    async def _said(self, place: int) -> AsyncGenerator[GenerationEvent, None]:
-        """What the model says to one prompt."""
-        async with aclosing(self.asked.model.engine.generate(self._request(place))) as events:
-            async for event in events:
-                yield replace(event, request=place) if place else event
+        return events if rules is None else Watch(rules, self, place).events(events)
 
     async def _merged(self) -> AsyncGenerator[GenerationEvent, None]:
         """The events of all prompts, in the order of their coming."""
@@ -382,9 +402,9 @@ class Run:
 
         async def pump(place: int) -> None:
             try:
-                async with aclosing(self._single(place)) as events:
+                async with aclosing(self._of(place)) as events:
                     async for event in events:
-                        queue.put_nowait(event)
+                        queue.put_nowait(replace(event, request=place))
             finally:
                 queue.put_nowait(None)
 
@@ -414,3 +434,20 @@ class Run:
             self._failed = True
         if event.usage is not None:
             self.usages[event.request] = event.usage
+
+
+async def _without_answers(events: AsyncGenerator[GenerationEvent, None]) -> AsyncGenerator[GenerationEvent, None]:
+    """The events without the tokens that were chosen: each answer ends with none."""
+    async with aclosing(events):
+        async for event in events:
+            reason = FinishReason.ERROR if event.error is not None else FinishReason.LENGTH
+            yield replace(event, token_ids=[], text="", logprobs=[], finish_reason=reason)
+
+
+def _as_many(prompts: Sequence[list[int]], most: int) -> list[list[int]]:
+    """The first prompts that together have at most so many tokens; one at least.
+
+    Others get their tokens between two such parts.
+    """
+    totals = accumulate(map(len, prompts))
+    return list(prompts[: max(1, sum(1 for total in totals if total <= most))])

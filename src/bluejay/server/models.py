@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,7 +47,7 @@ class Engine(Protocol):
     async def close(self) -> None: ...
     def generate(self, request: GenerationRequest) -> Any: ...
     async def statistics(self) -> Statistics: ...
-    async def embed(self, texts: list[str]) -> list[list[float]]: ...
+    async def embed(self, texts: Sequence[str | Sequence[int]]) -> list[list[float]]: ...
 
 
 class ServedModel:
