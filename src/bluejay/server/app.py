@@ -13,7 +13,7 @@ from starlette.responses import Response
 from bluejay import __version__
 from bluejay.server import admin, health
 from bluejay.server.call import House, json_response
-from bluejay.server.dialects import kserve_v1, listing, open_inference
+from bluejay.server.dialects import kserve_v1, listing, open_inference, openai
 
 # Each dialect is a file; none knows another. Where paths overlap, the first that fits is taken.
 DIALECTS: tuple[Callable[[House], APIRouter], ...] = (
@@ -21,6 +21,7 @@ DIALECTS: tuple[Callable[[House], APIRouter], ...] = (
     admin.routes,
     kserve_v1.routes,
     open_inference.routes,
+    openai.routes,
     listing.routes,
 )
 

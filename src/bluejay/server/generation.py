@@ -46,11 +46,13 @@ class Item:
     Attributes:
         reads_only: the prompt is read for its log-probabilities; what the engine chooses behind it neither counts nor
             comes out.
+        cut: where the model's context ends before the answer may, it ends the answer; else that is refused.
     """
 
     prompt: Prompt
     params: SamplingParams
     reads_only: bool = False
+    cut: bool = True
 
     @property
     def num_sequences(self) -> int:
@@ -217,6 +219,12 @@ class Service:
         for item, prompt in zip(items, prompts, strict=True):
             params = item.params
             length = params.max_length if params.max_new_tokens is None else len(prompt) + params.max_new_tokens
+            if not item.cut and (length or 0) > n_positions:
+                raise ContextLengthExceeded(
+                    f"the prompt has {len(prompt):,} tokens, {params.max_new_tokens:,} more are asked for, and the "
+                    f"model's context holds {n_positions:,}; ask for fewer",
+                    "max_tokens",
+                )
             total += len(prompt) + item.num_sequences * max(0, min(length or n_positions, n_positions) - len(prompt))
         if total > self.options.max_tokens:
             raise InvalidRequest(

@@ -28,6 +28,8 @@ def routes(house: House) -> APIRouter:
     router.get("/", summary="The server lives", **documented(None, OBJECT))(alive)
     router.get("/v1/models", summary="All models", **documented(None, OBJECT))(models)
     router.get("/v1/models/{model:path}", summary="One model", **documented(None, OBJECT))(one)
+    for path, handler in (("/openai/v1/models", models), ("/openai/v1/models/{model:path}", one)):  # as KServe has them
+        router.get(path, include_in_schema=False, **documented(None, OBJECT))(handler)
     return router
 
 
