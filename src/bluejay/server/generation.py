@@ -221,8 +221,8 @@ class Service:
             length = params.max_length if params.max_new_tokens is None else len(prompt) + params.max_new_tokens
             if not item.cut and (length or 0) > n_positions:
                 raise ContextLengthExceeded(
-                    f"the prompt has {len(prompt):,} tokens, {params.max_new_tokens:,} more are asked for, and the "
-                    f"model's context holds {n_positions:,}; ask for fewer",
+                    f"max_tokens is {params.max_new_tokens:,}, the prompt has {len(prompt):,} tokens, and the model's "
+                    f"context holds {n_positions:,} in all; ask for fewer",
                     "max_tokens",
                 )
             total += len(prompt) + item.num_sequences * max(0, min(length or n_positions, n_positions) - len(prompt))

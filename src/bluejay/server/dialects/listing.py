@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from bluejay.errors import ModelNotFound
 from bluejay.server.auth import Access
 from bluejay.server.call import Dialect, House, TheCall, access, documented, route_class
 from bluejay.server.errors import Failure
@@ -14,12 +15,13 @@ from bluejay.server.models import ServedModel
 
 
 def render(failure: Failure) -> Any:
-    """KServe reads `error` as a text, OpenAI's client as anything that it then shows."""
+    """KServe reads `error` as a text."""
     return {"error": failure.message}
 
 
 DIALECT = Dialect("listing", render)
 OBJECT = {"type": "object"}
+OPENAI_HEADER = "x-stainless-lang"  # its clients send it; they show nothing of an error that is a text
 
 
 def routes(house: House) -> APIRouter:
@@ -52,7 +54,13 @@ async def models(call: TheCall) -> Response:
 async def one(call: TheCall) -> Response:
     """`name` and `ready` are KServe's, the rest is OpenAI's. 503 while it is not ready, as KServe answers."""
     name = call.request.path_params["model"]
-    model = call.find(name)
+    try:
+        model = call.find(name)
+    except ModelNotFound as error:
+        if OPENAI_HEADER not in call.request.headers:
+            raise
+        told = {"message": str(error), "type": "not_found_error", "param": "model", "code": "model_not_found"}
+        return call.reply({"error": told}, 404)
     if not model.ready:
         return call.reply({"error": f"Model with name {model.name} is not ready."}, 503)
     return call.reply({"name": name, "ready": True, **_card(model)})
