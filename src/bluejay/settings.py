@@ -24,7 +24,7 @@ from typing import Any
 
 from bluejay.errors import ConfigError
 
-TABLES = ("server", "models", "plans", "filters")  # of the server, which reads them itself
+TABLES = ("server", "engine", "models", "plans", "filters")  # of the server, which reads them itself
 DEVICES = "auto, cpu, cuda, cuda:1, mps"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
 

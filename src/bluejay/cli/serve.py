@@ -18,6 +18,7 @@ from bluejay.errors import ConfigError
 from bluejay.settings import Settings, load_settings, settings_tables
 
 if TYPE_CHECKING:
+    from bluejay.engine.options import EngineOptions
     from bluejay.server.options import ModelOptions, ServerOptions
     from bluejay.server.tracing import Tracing
 
@@ -86,7 +87,7 @@ def serve(
 ) -> None:
     """Serve GPT-J and GPT-Neo: KServe, Open Inference, Baseten, Neuro and OpenAI, on one port.
 
-    What flags do not say, the settings file may: [server], [models.NAME], [plans.NAME], [filters.NAME].
+    What flags do not say, the settings file may: [server], [engine], [models.NAME], [plans.NAME], [filters.NAME].
     """
     settings = load_settings({"dtype": dtype, "device": device, "threads": threads, "database": database})
     flags = {
@@ -133,6 +134,15 @@ def _options(table: dict[str, Any], flags: dict[str, Any]) -> ServerOptions:
     if values.get("grpc_port") == -1:
         values["grpc_port"] = None
     return ServerOptions(**values)
+
+
+def _engine_options(table: dict[str, Any]) -> EngineOptions:
+    from bluejay.engine.options import EngineOptions
+
+    known = {field.name for field in dataclasses.fields(EngineOptions)} - {"max_num_sequences"}  # --max-running
+    if unknown := sorted(set(table) - known):
+        raise ConfigError(f"[engine] has unknown settings: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    return EngineOptions(**table)
 
 
 def _models(
@@ -193,6 +203,7 @@ async def _serve(
                 store=store,
                 ledger=ledger,
                 plans=plans,
+                engine_options=_engine_options(tables.get("engine", {})),
                 dtype=settings.dtype,
                 device=settings.device,
                 threads=settings.threads,
