@@ -13,12 +13,14 @@ from starlette.responses import Response
 from bluejay import __version__
 from bluejay.server import admin, health
 from bluejay.server.call import House, json_response
-from bluejay.server.dialects import kserve_v1, listing, open_inference, openai
+from bluejay.server.dialects import baseten, kserve_v1, listing, neuro, open_inference, openai
 
 # Each dialect is a file; none knows another. Where paths overlap, the first that fits is taken.
 DIALECTS: tuple[Callable[[House], APIRouter], ...] = (
     health.routes,
     admin.routes,
+    baseten.routes,  # a Truss's own path is one that KServe would take for a model's
+    neuro.routes,
     kserve_v1.routes,
     open_inference.routes,
     openai.routes,

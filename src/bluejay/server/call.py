@@ -37,8 +37,10 @@ from bluejay.errors import EngineError, InvalidRequest, Overloaded
 from bluejay.server.auth import Access, Door, Principal
 from bluejay.server.errors import ClientGone, Failure, TooLarge, TooSlow, failure_of
 from bluejay.server.generation import Asked, Caller, Item, Run, Service
+from bluejay.server.jobs import Jobs
 from bluejay.server.models import Models, ServedModel
 from bluejay.server.options import ServerOptions
+from bluejay.server.shelf import Shelf
 from bluejay.server.tracing import NO_TRACING, Tracing
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -96,6 +98,8 @@ class House:
 
     Attributes:
         store: projects, keys, usage, what filters flagged.
+        jobs: what is answered later.
+        uploads: data that callers sent ahead of what is to be done with it.
     """
 
     options: ServerOptions
@@ -104,6 +108,8 @@ class House:
     door: Door
     store: Store
     life: Life
+    jobs: Jobs
+    uploads: Shelf[Any]
     tracing: Tracing = NO_TRACING
 
 

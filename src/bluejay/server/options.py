@@ -58,6 +58,9 @@ class ServerOptions:
         kserve_defaults: sampling options of the KServe dialect, as the hosted service had them.
         baseten_failed: the word for a failed prediction; the original code said "error", its document "failed".
         baseten_max_length, baseten_min_length: what `max_length` and `min_length` are cut to there.
+        max_jobs: asynchronous requests that wait or run; one project may have half of them. As many results are kept.
+        max_kept_bytes: of asynchronous requests and their results, and again of uploaded data; one project's half.
+        keep_s: so long results and uploads are kept in memory, at most.
         keep_flagged: keep what a filter flags, for a person to look at; it holds prompts and answers.
     """
 
@@ -86,6 +89,9 @@ class ServerOptions:
     baseten_failed: Literal["failed", "error"] = "failed"
     baseten_max_length: int = 512
     baseten_min_length: int = 64
+    max_jobs: int = 1024
+    max_kept_bytes: int = 64 * 2**20
+    keep_s: float = 3600.0
     keep_flagged: bool = False
 
     def __post_init__(self) -> None:
@@ -123,6 +129,8 @@ _WHOLE = {
     "max_connections": 1,
     "baseten_max_length": 1,
     "baseten_min_length": 0,
+    "max_jobs": 1,
+    "max_kept_bytes": 1024,
 }
 _SECONDS = (
     "request_timeout_s",
@@ -132,6 +140,7 @@ _SECONDS = (
     "idle_timeout_s",
     "drain_s",
     "farewell_s",
+    "keep_s",
 )
 
 

@@ -30,12 +30,14 @@ from bluejay.server.call import House, Life
 from bluejay.server.dialects.open_inference_grpc import GrpcServer
 from bluejay.server.filters import Filters
 from bluejay.server.generation import Service
+from bluejay.server.jobs import Jobs
 from bluejay.server.limits import Gate, Limits
 from bluejay.server.metrics import Metrics
 from bluejay.server.models import Models, ServedModel
 from bluejay.server.options import ModelOptions, ServerOptions
 from bluejay.server.protocol import MAX_LINGERING, BoundedProtocol, bounded, tune
 from bluejay.server.review import Review
+from bluejay.server.shelf import Shelf
 from bluejay.server.tracing import NO_TRACING, Tracing
 
 LAST_WORDS_S = 3.0
@@ -106,7 +108,15 @@ class Server:
             review=self.review,
         )
         door = Door(None if open_to_all else store, plans, open_to_admin=options.is_loopback)
-        self.house = House(options, self.models, self.service, door, store, Life(), tracing)
+        jobs = Jobs(
+            self.service,
+            max_running=max(1, options.max_running // 2),  # the other half is for who waits for an answer
+            max_open=options.max_jobs,
+            max_bytes=options.max_kept_bytes,
+            keep_s=options.keep_s,
+        )
+        uploads: Shelf[Any] = Shelf(options.max_jobs, options.max_kept_bytes, options.keep_s)
+        self.house = House(options, self.models, self.service, door, store, Life(), jobs, uploads, tracing)
         self.app = create_app(self.house)
         self.grpc_address: str | None = None
         self._grpc: GrpcServer | None = None
@@ -166,6 +176,7 @@ class Server:
                 stack.push_async_callback(self._grpc.stop, 0)
             for model in self.models:
                 stack.push_async_callback(model.close)
+            stack.push_async_callback(self.house.jobs.close)
             loading = asyncio.gather(*(model.begin() for model in self.models))
             ending = asyncio.create_task(self._asked_to_end.wait())
             first: set[asyncio.Future[Any]] = {loading, ending, serving}
@@ -207,6 +218,7 @@ class Server:
     async def _drain(self, http: uvicorn.Server) -> None:
         """Say "not ready" for a while, take what comes meanwhile, then stop listening and finish what runs."""
         loop, options = asyncio.get_running_loop(), self.options
+        self.house.jobs.drain()
         deadline_s = loop.time() + options.drain_s
         farewell_s = loop.time() + min(options.farewell_s, options.drain_s)
         while loop.time() < farewell_s and not self.house.life.hurried:
