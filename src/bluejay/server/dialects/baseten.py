@@ -173,7 +173,7 @@ def _classic_routes(house: House) -> APIRouter:
 
 def _truss_routes(house: House) -> APIRouter:
     router = APIRouter(route_class=route_class(house, TRUSS))
-    router.post("/v1/models/model:predict", summary="Go on from texts", **documented(INPUTS, RESULTS))(predict)
+    router.post("/v1/models/model:predict", summary="Go on from texts", **documented(INPUTS, RESULTS))(predict_truss)
     for path in ("/v1/models/model", "/v1/models/model/loaded"):
         router.get(path, summary="Whether it is ready", **documented(None, OBJECT))(loaded)
     return router
@@ -183,7 +183,7 @@ def _truss_routes(house: House) -> APIRouter:
 async def predict_classic(call: TheCall) -> Response:
     """The model's output in an envelope, and beside it for those who read the document."""
     model = _model(call)
-    output = await _output(call, model, await call.json())
+    output = await _output_or_failure(call, model, await call.json())
     beside = output if isinstance(output, dict) else {}
     return call.reply({"model_output": output, **beside}, headers={"X-Served-Model": model.name})
 
@@ -193,6 +193,14 @@ async def predict(call: TheCall) -> Response:
     """The model's output alone."""
     model = _model(call)
     output = await _output(call, model, await call.json())
+    return call.reply(output, headers={"X-Served-Model": model.name})
+
+
+@access(Access.USER)
+async def predict_truss(call: TheCall) -> Response:
+    """The model's output alone; the Truss told of a wrong input there as well."""
+    model = call.find(None)
+    output = await _output_or_failure(call, model, await call.json())
     return call.reply(output, headers={"X-Served-Model": model.name})
 
 
@@ -328,14 +336,18 @@ def _read_input(value: Any, model: ServedModel, options: ServerOptions) -> Input
 
 
 async def _output(call: Call, model: ServedModel, value: Any) -> Any:
-    """What the model makes of an input: one result, or a list; what was wrong with the input is a result too."""
+    """What the model makes of an input: one result, or a list of them. Raises: as `Call.begin` and `Call.finish`."""
+    inputs = read_inputs(value, model, call.house.options)
+    run = await call.begin(model, [one.item for one in inputs], asked_model=_asked_name(call))
+    return _results(value, inputs, await call.finish(run), model)
+
+
+async def _output_or_failure(call: Call, model: ServedModel, value: Any) -> Any:
+    """As `_output`; what is wrong with an input is a result too."""
     try:
-        inputs = read_inputs(value, model, call.house.options)
-        run = await call.begin(model, [one.item for one in inputs], asked_model=_asked_name(call))
-        outputs = await call.finish(run)
+        return await _output(call, model, value)
     except RequestError as error:
         return {"status": call.house.options.baseten_failed, "data": None, "message": str(error)}
-    return _results(value, inputs, outputs, model)
 
 
 def _results(value: Any, inputs: Sequence[Input], outputs: Sequence[RequestOutput], model: ServedModel) -> Any:

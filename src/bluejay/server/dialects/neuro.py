@@ -281,17 +281,21 @@ async def _read_sync(call: Call) -> tuple[SyncAsking, list[str]]:
 
 
 async def _uploaded_texts(call: Call, asked: TaskAsking) -> list[str]:
-    uploads: Sequence[Upload] = call.house.uploads.values(_owner(call))
     wanted = asked.dataId or asked.data_name
     if not wanted:
         raise InvalidRequest("there is no data; send dataId or data_name of what was uploaded", "dataId")
-    found = [one for one in uploads if one.complete and (one.id == asked.dataId or asked.data_name in one.names)]
+    uploads: Sequence[Upload] = call.house.uploads.values(_owner(call))
+    found = [one for one in uploads if one.complete and (one.id == wanted or wanted in one.names)]
     if not found:
         raise NoSuchThing(
             f"there is no uploaded data {wanted[:100]!r} here; it is kept for a while only: send it again", "dataId"
         )
     texts = await asyncio.to_thread(_file_texts, found[-1].files, found[-1].generic, call.house.options)
-    return texts[asked.data_start : asked.data_end]
+    if not (texts := texts[asked.data_start : asked.data_end]):
+        raise InvalidRequest(
+            "no item is left of the data; send other ones, or other ends of data_start:data_end", "data"
+        )
+    return texts
 
 
 def _file_texts(files: Sequence[bytes], generic: bool, options: ServerOptions) -> list[str]:
