@@ -141,9 +141,9 @@ class _Open:
 class Jobs:
     """All jobs of a server.
 
-    Who has fewest jobs running comes first, then who has the lower `priority`, then who came first. What runs goes
-    through `Service`, with its limits, its ledger and its counters; what it generates counts as delivered when the
-    result is there.
+    Projects take turns: whose jobs run least comes first, then whose began longest ago. Of one project's jobs that of
+    the lower `priority` comes first, then the earlier. What runs goes through `Service`, with its limits, its ledger
+    and its counters; what it generates counts as delivered when the result is there.
 
     Args:
         max_running: jobs that run together.
@@ -161,6 +161,8 @@ class Jobs:
         self._ended: Shelf[Job] = Shelf(max_open, max_bytes, keep_s)
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_submitted = 0
+        self._num_begun = 0
+        self._last_begun: dict[str, int] = {}  # by owner
         self._draining = False
 
     def submit(self, principal: Principal, work: Work) -> Job:
@@ -228,6 +230,8 @@ class Jobs:
     def _start(self) -> None:
         """Begin as many as may run."""
         while len(self._tasks) < self._max_running and (entry := self._next()) is not None:
+            self._num_begun += 1
+            self._last_begun[entry.job.owner] = self._num_begun
             task = entry.task = asyncio.create_task(self._work(entry))
             self._tasks.add(task)
             task.add_done_callback(self._done)
@@ -238,8 +242,12 @@ class Jobs:
 
     def _next(self) -> _Open | None:
         running = Counter(entry.job.owner for entry in self._open.values() if entry.task is not None)
-        waiting = [entry for entry in self._open.values() if entry.waits]
-        return min(waiting, key=lambda e: (running[e.job.owner], e.work.priority, e.number), default=None)
+
+        def turn(entry: _Open) -> tuple[int, int, int, int]:
+            owner = entry.job.owner
+            return running[owner], self._last_begun.get(owner, 0), entry.work.priority, entry.number
+
+        return min((entry for entry in self._open.values() if entry.waits), key=turn, default=None)
 
     async def _work(self, entry: _Open) -> None:
         structlog.contextvars.clear_contextvars()

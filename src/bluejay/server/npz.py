@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -79,6 +80,9 @@ def _texts(name: str, array: bytes, max_texts: int) -> list[str]:
         raise InvalidRequest("the data has more texts than one request may have; send fewer at a time", "data")
     if len(values) != num_texts * 4 * int(kind[2:]):
         raise InvalidRequest(f"the array {name!r} has {len(values):,} bytes, which its shape does not fit", "data")
+    # NumPy takes characters beyond Unicode for a mistake of its own.
+    if num_texts and np.frombuffer(values, f"{kind[0]}u4").max() > sys.maxunicode:
+        raise InvalidRequest(f"the array {name!r} has characters that are none of Unicode", "data")
     found = np.frombuffer(values, kind).reshape(shape, order="F" if is_fortran else "C")
     return [str(text) for text in found.ravel(order="C")]
 
