@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -170,3 +171,20 @@ def test_what_a_request_took_is_in_the_usage(keyed: Any) -> None:
         assert time.monotonic() < until
         time.sleep(0.02)
     assert (total.num_requests, total.num_tokens) == (1, 6)
+
+
+def test_a_server_that_ends_finishes_what_runs(
+    start_server: Callable[..., AbstractContextManager[Any]], tmp_path: Path
+) -> None:
+    database = f"sqlite:///{tmp_path / 'accounts.db'}"
+    with start_server("--database", database, "jay=default-draft") as serving, serving.client() as http:
+        asked = {"model_input": {"prompt": "Once", "max_length": 300, "min_length": 64, "num_beams": 4}}
+        request_id = http.post("/async_predict", json=asked).json()["request_id"]
+        while http.get(f"/async_request/{request_id}").json()["status"] == "QUEUED":
+            time.sleep(0.01)
+        assert serving.stop() == 0
+    store = Store.open(database)
+    [total] = store.usage_totals()
+    store.close()
+    assert total.num_requests == 1
+    assert total.generated_tokens > 0

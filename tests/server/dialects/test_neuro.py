@@ -115,12 +115,15 @@ def test_a_task_predicts_of_what_was_uploaded(http: httpx.Client) -> None:
     assert http.request("GET", "/Hash", params=asked, json=asked).status_code == 204
     sent = upload(http, file, given_name="three")
     assert sent.status_code == 201
+    assert upload(http, file, given_name="a trio").json() == sent.json()
     assert http.request("GET", "/Hash", params=asked, json=asked).json() == sent.json()
     told = run_task(http, dataId=sent.json(), modelId="60a40f81b635d67d627bf6b2")
     assert (told["state"], told["taskType"], told["progress"]) == ("COMPLETE", "Predict", 1.0)
     assert [item["generated_text"][:5] for item in told["result"]] == ["One d", "A fox", "A bir"]
     sliced = run_task(http, data_name="three", data_start=1, data_end=2)
     assert sliced["result"] == told["result"][1:2]
+    none = http.post("/Predict", json={"data_name": "a trio", "data_start": 3})
+    assert (none.status_code, none.json()["error"][:15]) == (400, "no item is left")
 
 
 def test_data_of_a_loader_come_in_chunks(http: httpx.Client) -> None:
@@ -146,6 +149,14 @@ def test_a_task_that_cannot_be_done_has_failed_and_says_why(http: httpx.Client) 
     told = run_task(http, dataId=sent.json(), input_kwargs={"max_length": 5})
     assert told["state"] == "FAILURE"
     assert "max_length is 5" in told["result"]
+
+
+def test_more_than_may_be_kept_is_refused_and_what_was_there_stays(http: httpx.Client) -> None:
+    hashed = hashlib.md5(b"many chunks").hexdigest()
+    chunk = saved(np.array(["Chunk"])) + bytes(4_000_000)
+    answers = [upload(http, chunk, hash=hashed, chunked=True, given_name="large") for _ in range(9)]
+    assert [answer.status_code for answer in answers] == [201] * 8 + [413]
+    assert "33,554,432" in answers[-1].json()["error"]
 
 
 def test_a_damaged_upload_is_noticed(http: httpx.Client) -> None:

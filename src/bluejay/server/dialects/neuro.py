@@ -13,7 +13,7 @@ import hashlib
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -39,6 +39,7 @@ DEFAULTS = {"do_sample": True, "max_length": 50}
 OWN_NAMES = {"penalty": "repetition_penalty", "response_length": "max_new_tokens"}
 NOT_TOLD = ("logprobs", "prompt_logprobs")  # an answer here has no place for them
 OPEN_PROJECT = "0" * 24
+MAX_NAMES = 16  # that one upload may have
 HASH = re.compile(r"[0-9a-fA-F]{32}")  # MD5
 STATES = {
     JobState.QUEUED: "PENDING",
@@ -98,7 +99,7 @@ class Uploading(BaseModel):
 
     model_config = ConfigDict(extra="ignore")  # sizes and shapes, which the data say themselves
 
-    hash: str = Field(pattern=HASH.pattern)
+    hash: str = Field(pattern=f"^{HASH.pattern}$")
     collection: int = 1
     given_name: str = ""
     generic_file: StrictBool = False
@@ -126,6 +127,11 @@ class Upload:
     @property
     def num_bytes(self) -> int:
         return sum(map(len, self.files))
+
+    def call(self, name: str) -> None:
+        """Give it a name more."""
+        if name and len(self.names) < MAX_NAMES:
+            self.names.add(name[:200])
 
 
 def render(failure: Failure) -> Any:
@@ -228,7 +234,7 @@ async def find_data(call: TheCall) -> Response:
     if not found.complete:  # somebody went while sending chunks, and now begins anew
         call.house.uploads.drop(_owner(call), found.id)
         return Response(status_code=204)
-    found.names.add(asked.get("given_name", "")[:200])
+    found.call(asked.get("given_name", ""))
     return call.reply(found.id)
 
 
@@ -243,15 +249,13 @@ async def upload(call: TheCall) -> Response:
         raise InvalidRequest("the form has no part 'file'", "file")
     if not told.chunked and hashlib.md5(data, usedforsecurity=False).hexdigest() != told.hash.lower():
         raise InvalidRequest("the file is not the one that hash was made of; send it again", "hash")
-    found = _find_by_hash(call, told.hash) if told.chunked else None
-    if found is None or found.complete:
+    found = _find_by_hash(call, told.hash)
+    if found is None or (told.chunked and found.complete):
         found = Upload(secrets.token_hex(12), told.hash.lower(), told.generic_file)
-    if len(found.files) >= call.house.options.max_prompts:
-        raise InvalidRequest(f"the data has more than {len(found.files):,} chunks; send larger ones", "file")
-    found.files.append(data)
-    found.names.add(told.given_name[:200])
-    found.complete = told.is_last or not told.chunked
-    call.house.uploads.put(_owner(call), found.id, found, found.num_bytes)
+    if not found.complete:
+        found = _with_chunk(found, data, call.house.options, is_last=told.is_last or not told.chunked)
+        call.house.uploads.put(_owner(call), found.id, found, found.num_bytes)
+    found.call(told.given_name)
     return call.reply(found.id, 201)
 
 
@@ -278,6 +282,13 @@ async def _read_sync(call: Call) -> tuple[SyncAsking, list[str]]:
     if "file" not in parts or asked.data is not None:
         raise InvalidRequest("a form has its data in the part 'file', and not in 'data'", "data")
     return asked, await asyncio.to_thread(_file_texts, [parts["file"]], asked.generic_file, options)
+
+
+def _with_chunk(upload: Upload, data: bytes, options: ServerOptions, *, is_last: bool) -> Upload:
+    """An upload with a file more; the one before stays as it is, for there may be no room for this one."""
+    if len(upload.files) >= options.max_prompts:
+        raise InvalidRequest(f"the data has more than {options.max_prompts:,} chunks; send larger ones", "file")
+    return replace(upload, files=[*upload.files, data], complete=is_last)
 
 
 async def _uploaded_texts(call: Call, asked: TaskAsking) -> list[str]:
