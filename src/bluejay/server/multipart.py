@@ -30,7 +30,7 @@ def read_form(content_type: str, body: bytes) -> dict[str, bytes]:
     found = _BOUNDARY.search(content_type)
     if found is None:
         raise InvalidRequest("the form's Content-Type names no boundary")
-    boundary = (found[1] or found[2]).encode("utf-8")
+    boundary = (found[1] or found[2]).encode("latin-1", "replace")  # as headers are read
     # What stands before the first boundary is for nobody; then each part, then "--" behind the last boundary.
     pieces = (b"\r\n" + body).split(b"\r\n--" + boundary, MAX_PARTS + 2)[1:]
     if len(pieces) > MAX_PARTS + 1:
