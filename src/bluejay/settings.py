@@ -109,16 +109,6 @@ def settings_file(environ: Mapping[str, str] | None = None) -> Path:
     return Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "bluejay" / "config.toml"
 
 
-def settings_tables(environ: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
-    """The tables of the settings file, by name: what `bluejay serve` reads. Raises: ConfigError."""
-    environ = os.environ if environ is None else environ
-    path = settings_file(environ)
-    tables = {name: value for name, value in _read(path, environ).items() if name in TABLES}
-    if wrong := [name for name, value in tables.items() if not isinstance(value, dict)]:
-        raise ConfigError(f"{path}: {', '.join(wrong)}: expected a table, as [{wrong[0]}]")
-    return tables
-
-
 def _read(path: Path, environ: Mapping[str, str]) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bluejay.errors import ConfigError
-from bluejay.settings import Settings, load_settings, settings_tables
+from bluejay.settings import TABLES, Settings, load_settings, load_table
 
 if TYPE_CHECKING:
     from bluejay.engine.options import EngineOptions
@@ -64,7 +64,7 @@ def serve(
     ] = None,
     database: Annotated[
         str | None,
-        typer.Option(help="postgresql://… or a file; SQLite in your home if none.", rich_help_panel=ACCOUNTS),
+        typer.Option(help="sqlite:///path or postgresql://…; none: in your home.", rich_help_panel=ACCOUNTS),
     ] = None,
     journal: Annotated[
         Path | None, typer.Option(help="Folder for usage on its way to the database.", rich_help_panel=ACCOUNTS)
@@ -102,9 +102,9 @@ def serve(
         "drain_s": drain,
         "keep_flagged": keep_flagged,
     }
-    tables = settings_tables()
-    options = _options(tables.get("server", {}), flags)
-    offered = _models(models or [], name or [], tables.get("models", {}), settings, draft)
+    tables = {table: load_table(table) for table in TABLES}
+    options = _options(tables["server"], flags)
+    offered = _models(models or [], name or [], tables["models"], settings, draft)
     from bluejay.server.logs import set_up_logs
     from bluejay.server.tracing import open_tracing
 
@@ -166,10 +166,12 @@ def _models(
 
 def _table_model(name: str, table: Any) -> ModelOptions:
     from bluejay.server.options import ModelOptions
+    from bluejay.server.sampling import sampling_params
 
     known = {"source", "aliases", "defaults", "draft"}
     if not isinstance(table, dict) or set(table) - known or not isinstance(table.get("source"), str):
         raise ConfigError(f"[models.{name}]: expected source = PATH OR NAME, and perhaps aliases, defaults, draft")
+    sampling_params(table.get("defaults"))  # what is wrong with them is to be said now, not to each caller
     return ModelOptions(
         name, table["source"], tuple(table.get("aliases", ())), table.get("defaults", {}), table.get("draft")
     )
@@ -191,8 +193,8 @@ async def _serve(
     from bluejay.server.filters import read_filters
     from bluejay.server.serving import Server, write_ready_file
 
-    plans = read_plans(tables.get("plans", {}))
-    filters = read_filters(tables.get("filters", {}), [model.name for model in models])
+    plans = read_plans(tables["plans"])
+    filters = read_filters(tables["filters"], [model.name for model in models])
     store = Store.open(settings.database or None)
     try:
         ledger = Ledger(journal or default_folder(), store)
@@ -203,7 +205,7 @@ async def _serve(
                 store=store,
                 ledger=ledger,
                 plans=plans,
-                engine_options=_engine_options(tables.get("engine", {})),
+                engine_options=_engine_options(tables["engine"]),
                 dtype=settings.dtype,
                 device=settings.device,
                 threads=settings.threads,
