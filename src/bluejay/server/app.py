@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
@@ -11,13 +12,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from bluejay import __version__
-from bluejay.server import admin, health
+from bluejay.server import admin, health, schema
 from bluejay.server.call import House, json_response
 from bluejay.server.dialects import baseten, kserve_v1, listing, neuro, open_inference, openai
 
 # Each dialect is a file; none knows another. Where paths overlap, the first that fits is taken.
 DIALECTS: tuple[Callable[[House], APIRouter], ...] = (
     health.routes,
+    schema.routes,
     admin.routes,
     baseten.routes,  # a Truss's own path is one that KServe would take for a model's
     neuro.routes,
@@ -41,6 +43,8 @@ def create_app(house: House) -> FastAPI:
     )
     for routes in DIALECTS:
         app.include_router(routes(house))
+    described = cache(lambda: schema.describe(app, all_routes(house), keys=not house.door.is_open))
+    app.openapi = described  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _no_route)
     return app
 
