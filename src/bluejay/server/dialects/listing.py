@@ -58,7 +58,7 @@ async def one(call: TheCall) -> Response:
         model = call.find(name)
     except ModelNotFound as error:
         if OPENAI_HEADER not in call.request.headers:
-            raise
+            raise ModelNotFound(f"Model with name {name} does not exist.", "model") from None
         told = {"message": str(error), "type": "not_found_error", "param": "model", "code": "model_not_found"}
         return call.reply({"error": told}, 404)
     if not model.ready:
