@@ -317,9 +317,12 @@ class EngineClient:
                 raise ProtocolError(f"the worker sent {type(message).__name__}, expected what workers send")
 
     def _deliver(self, stream: _Stream, event: GenerationEvent) -> None:
-        stream.take(replace(event, request=0))
+        number = event.request
+        # In place: the event was made of a message just now, and a copy for each token would cost more than the rest.
+        object.__setattr__(event, "request", 0)
+        stream.take(event)
         if event.usage is not None:
-            del self._asked[event.request]
+            del self._asked[number]
 
     def _lose(self, reason: str) -> None:
         """The worker is no more: end everything that waits for it."""

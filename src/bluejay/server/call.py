@@ -394,7 +394,7 @@ async def _guarded(
     return response
 
 
-def _the_call(request: Request) -> Call:
+async def _the_call(request: Request) -> Call:  # not async, FastAPI would call it in another thread
     call: Call = request.state.call
     return call
 

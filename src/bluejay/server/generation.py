@@ -36,6 +36,8 @@ from bluejay.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 
+SHORT_CHARS = 256  # encoded in a tenth of a ms; to wake a thread and be woken by it takes longer
+
 _log = logging.getLogger("bluejay.server")
 
 
@@ -189,8 +191,8 @@ class Service:
 
     async def tokenise(self, tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, none for an empty one; the loop goes on meanwhile. Raises: InvalidRequest."""
-        if not texts:
-            return []
+        if sum(map(len, texts)) <= SHORT_CHARS:
+            return tokenizer.encode_batch(texts)
         return await asyncio.get_running_loop().run_in_executor(self._tokenising, tokenizer.encode_batch, texts)
 
     def _bound(self, items: Sequence[Item]) -> None:
