@@ -142,7 +142,10 @@ MESSAGES: dict[str, st.SearchStrategy[Any]] = {
         ),
     ),
     "Beat": _all(messages.Beat, step_age_s=st.floats(0, 1e9)),
-    "Events": _all(messages.Events, events=st.lists(EVENTS, max_size=3)),
+    "Events": _all(
+        messages.Events,
+        events=st.lists(EVENTS | st.tuples(COUNTS, COUNTS, st.lists(IDS, max_size=3), TEXTS), max_size=3),
+    ),
     "Counted": _all(messages.Counted, number=COUNTS, statistics=STATISTICS),
     "Embedded": _all(messages.Embedded, number=COUNTS, n_embd=COUNTS, vectors=st.binary(max_size=8)),
     "Refused": _all(messages.Refused, number=COUNTS, fault=FAULTS),

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from array import array
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from bluejay.engine.messages import (
     ProtocolError,
     Ready,
     Refused,
+    Said,
 )
 from bluejay.engine.options import EngineOptions
 from bluejay.engine.request import GenerationEvent, GenerationRequest
@@ -292,8 +294,7 @@ class EngineClient:
         match message:
             case Events(events):
                 for event in events:
-                    if isinstance(stream := self._asked.get(event.request), _Stream):
-                        self._deliver(stream, event)
+                    self._deliver(event)
             case Beat(step_age_s):
                 if step_age_s > self._step_timeout_s:
                     worker.kill(f"was in one step for {step_age_s:.0f} s and was killed")
@@ -316,11 +317,14 @@ class EngineClient:
             case _:
                 raise ProtocolError(f"the worker sent {type(message).__name__}, expected what workers send")
 
-    def _deliver(self, stream: _Stream, event: GenerationEvent) -> None:
-        number = event.request
-        # In place: the event was made of a message just now, and a copy for each token would cost more than the rest.
-        object.__setattr__(event, "request", 0)
-        stream.take(event)
+    def _deliver(self, event: Said | GenerationEvent) -> None:
+        number = event[0] if isinstance(event, tuple) else event.request
+        if not isinstance(stream := self._asked.get(number), _Stream):
+            return
+        if isinstance(event, tuple):
+            stream.take(GenerationEvent(0, *event[1:]))
+            return
+        stream.take(replace(event, request=0))
         if event.usage is not None:
             del self._asked[number]
 
@@ -336,37 +340,47 @@ class _Stream:
     """The events of one request, from the worker to whoever listens; as many as its answers have tokens, at most."""
 
     def __init__(self, num_answers: int) -> None:
-        self._events: asyncio.Queue[GenerationEvent | BluejayError | None] = asyncio.Queue()
+        # What asyncio.Queue is, for the one reader that there is: each token of each answer comes through here.
+        self._events: deque[GenerationEvent | BluejayError | None] = deque()
+        self._waiting: asyncio.Future[None] | None = None
         self._open_indexes = set(range(num_answers))
         self._begun = False
 
     async def next(self) -> GenerationEvent | None:
         """The next event; None behind the last. Raises: what the request was refused for."""
-        event = await self._events.get()
+        while not self._events:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        event = self._events.popleft()
         if isinstance(event, BluejayError):
             raise event
         return event
+
+    def _put(self, event: GenerationEvent | BluejayError | None) -> None:
+        self._events.append(event)
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     def take(self, event: GenerationEvent) -> None:
         self._begun = True
         if event.finish_reason is not None:
             self._open_indexes.discard(event.index)
-        self._events.put_nowait(event)
+        self._put(event)
         if event.usage is not None:
-            self._events.put_nowait(None)
+            self._put(None)
 
     def refuse(self, error: BluejayError) -> None:
         """End with an error that concerns this request alone."""
         if self._begun:  # an exception would hide what came before from who gathers it
             self.lose(str(error))
         else:
-            self._events.put_nowait(error)
+            self._put(error)
 
     def lose(self, reason: str) -> None:
         """End each answer that has not ended."""
         for index in sorted(self._open_indexes):
-            self._events.put_nowait(GenerationEvent(0, index, [], finish_reason=FinishReason.ERROR, error=reason))
-        self._events.put_nowait(None)
+            self._put(GenerationEvent(0, index, [], finish_reason=FinishReason.ERROR, error=reason))
+        self._put(None)
 
 
 class _Question:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from functools import cache
 from numbers import Integral, Real
@@ -129,11 +129,27 @@ class Beat:
     step_age_s: float
 
 
+# The asker's number, the answer's index, its new tokens and their text: all that most events hold, in a quarter of the
+# bytes and of the time.
+Said = tuple[int, int, list[int], str]
+
+
 @dataclass(frozen=True)
 class Events:
-    """From the worker: what a step brought; each event's `request` is the asker's number."""
+    """From the worker: what a step brought, in order; each event's `request` is the asker's number."""
 
-    events: list[GenerationEvent]
+    events: list[Said | GenerationEvent]
+
+
+def told(event: GenerationEvent, number: int) -> Said | GenerationEvent:
+    """An event as it is sent, under the asker's number."""
+    more = (event.logprobs, event.finish_reason, event.beam_score, event.prompt_logprobs, event.usage, event.error)
+    if more == _NO_MORE:
+        return (number, event.index, event.token_ids, event.text)
+    return replace(event, request=number)
+
+
+_NO_MORE: tuple[object, ...] = ([], None, None, None, None, None)
 
 
 @dataclass(frozen=True)
@@ -304,7 +320,7 @@ def _reader(hint: Any) -> Read:
     if hint is float:  # a whole number where a float is meant stays what it was
         return _expect(lambda value: type(value) in (float, int), "a number")
     if hint in (int, str, bytes, bool, NoneType):
-        return _expect(lambda value: type(value) is hint, hint.__name__)
+        return _exactly(hint)
     raise TypeError(f"messages cannot hold {hint!r}")
 
 
@@ -313,6 +329,17 @@ def _expect(admits: Callable[[Any], bool], expected: str) -> Read:
         if not admits(value):
             raise ProtocolError(f"{value!r:.80} came, expected {expected}")
         return value
+
+    return read
+
+
+def _exactly(kind: type[Any]) -> Read:
+    """As `_expect`, with a call less: most of what comes is of these types."""
+
+    def read(value: Any) -> Any:
+        if type(value) is kind:
+            return value
+        raise ProtocolError(f"{value!r:.80} came, expected {kind.__name__}")
 
     return read
 
@@ -335,7 +362,8 @@ def _map_reader(read_key: Read, read_value: Read) -> Read:
 
 def _row_reader(readers: tuple[Read, ...]) -> Read:
     check = _expect(lambda value: type(value) is list and len(value) == len(readers), f"a list of {len(readers)}")
-    return lambda value: tuple(read(item) for read, item in zip(readers, check(value), strict=True))
+    # A list, then a tuple: a generator would cost as much as what it reads, and each token comes in such a row.
+    return lambda value: tuple([read(item) for read, item in zip(readers, check(value), strict=True)])
 
 
 def _union_reader(kinds: tuple[Any, ...]) -> Read:

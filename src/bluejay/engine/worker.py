@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Never
 
 from bluejay.engine import messages
@@ -221,25 +220,29 @@ class Worker:
                 self._connection.send(Embedded(number, vectors.shape[1], vectors.numpy().tobytes()))
 
     def _tell(self, llm: LLM, events: list[GenerationEvent]) -> None:
-        named = [replace(event, request=self._names[event.request]) for event in events if event.request in self._names]
+        named = [
+            (self._names[event.request], messages.told(event, self._names[event.request]))
+            for event in events
+            if event.request in self._names
+        ]
         for event in events:
             if event.usage is not None:
                 self._forget(event.request)
         if not named:
             return
         try:
-            self._connection.send(Events(named))
+            self._connection.send(Events([event for _, event in named]))
         except ProtocolError:  # log-probabilities of a whole vocabulary; who asked for them is told, the others go on
-            for event in named:
-                self._tell_one(llm, event)
+            for number, one in named:
+                self._tell_one(llm, number, one)
 
-    def _tell_one(self, llm: LLM, event: GenerationEvent) -> None:
+    def _tell_one(self, llm: LLM, number: int, event: messages.Said | GenerationEvent) -> None:
         try:
             self._connection.send(Events([event]))
         except ProtocolError as error:
             too_large = InvalidRequest(f"{error}; ask for fewer log-probabilities", "logprobs")
-            self._connection.send(Refused(event.request, Fault.of(too_large)))
-            if (own := self._numbers.get(event.request)) is not None:
+            self._connection.send(Refused(number, Fault.of(too_large)))
+            if (own := self._numbers.get(number)) is not None:
                 llm.engine.cancel(own)
                 self._forget(own)
 

@@ -62,45 +62,50 @@ class Completion:
                 )
         return {**self.head(), "choices": choices, "usage": usage(self.run.usage)}
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
+    def chunks(self) -> AsyncGenerator[bytes, None]:
         """The answer as a stream; the choices come as they are made."""
         plain = self.body.logprobs is None and not self.body.echo
-        async with aclosing(self.run.events()) as events:
-            async for chunk in self._plain_chunks(events) if plain else self._full_chunks(events):
-                yield chunk
-        if self._tells_usage:
-            yield sse.event({**self.head(), "choices": [], "usage": usage(self.run.usage)})
-        yield sse.DONE
+        return self._plain_chunks() if plain else self._full_chunks()
 
-    async def _plain_chunks(self, events: AsyncGenerator[GenerationEvent, None]) -> AsyncGenerator[bytes, None]:
+    def _end(self) -> bytes:
+        """What a stream ends with."""
+        if not self._tells_usage:
+            return sse.DONE
+        return sse.event({**self.head(), "choices": [], "usage": usage(self.run.usage)}) + sse.DONE
+
+    async def _plain_chunks(self) -> AsyncGenerator[bytes, None]:
         """Of texts alone: what is the same in all chunks of a choice is written once."""
         written: dict[tuple[int, int], sse.TextEvents] = {}
-        async for event in events:
-            if event.finish_reason is not None:
-                raise_error(event)
-                yield sse.event(self._chunk(event, event.text, None))
-            elif event.text:
-                key = (event.request, event.index)
-                if (texts := written.get(key)) is None:
-                    texts = written[key] = sse.TextEvents(self._chunk(event, sse.TextEvents.MARK, None))
-                yield texts.event(event.text)
+        async with aclosing(self.run.events()) as events:
+            async for event in events:
+                if event.finish_reason is not None:
+                    raise_error(event)
+                    yield sse.event(self._chunk(event, event.text, None))
+                elif event.text:
+                    key = (event.request, event.index)
+                    if (texts := written.get(key)) is None:
+                        texts = written[key] = sse.TextEvents(self._chunk(event, sse.TextEvents.MARK, None))
+                    yield texts.event(event.text)
+        yield self._end()
 
-    async def _full_chunks(self, events: AsyncGenerator[GenerationEvent, None]) -> AsyncGenerator[bytes, None]:
+    async def _full_chunks(self) -> AsyncGenerator[bytes, None]:
         """With the prompt or log-probabilities."""
         writers: dict[tuple[int, int], Writer] = {}
         prompts: dict[int, list[TokenLogprobs | None] | None] = {}
-        async for event in events:
-            raise_error(event)
-            if event.prompt_logprobs is not None:
-                prompts[event.request] = event.prompt_logprobs
-            text, logprobs = "", list[Token]()
-            if (key := (event.request, event.index)) not in writers:
-                writers[key] = self.writer(event.request)
-                text, logprobs = writers[key].begin(prompts.get(event.request))
-            text += event.text
-            logprobs += writers[key].tokens(event.token_ids, event.logprobs)
-            if text or logprobs or event.finish_reason is not None:
-                yield sse.event(self._chunk(event, text, logprobs))
+        async with aclosing(self.run.events()) as events:
+            async for event in events:
+                raise_error(event)
+                if event.prompt_logprobs is not None:
+                    prompts[event.request] = event.prompt_logprobs
+                text, logprobs = "", list[Token]()
+                if (key := (event.request, event.index)) not in writers:
+                    writers[key] = self.writer(event.request)
+                    text, logprobs = writers[key].begin(prompts.get(event.request))
+                text += event.text
+                logprobs += writers[key].tokens(event.token_ids, event.logprobs)
+                if text or logprobs or event.finish_reason is not None:
+                    yield sse.event(self._chunk(event, text, logprobs))
+        yield self._end()
 
     def _chunk(self, event: GenerationEvent, text: str, logprobs: list[Token] | None) -> dict[str, Any]:
         asks = self.body.logprobs is not None
