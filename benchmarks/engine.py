@@ -307,17 +307,22 @@ def page(found: Found) -> str:
         "Sides alternate in one run; ratios are medians of the rounds' ratios, on a machine that others use too.*",
     ]
     for name, own in found.items():
-        machine = own["machine"]
-        where = f"{machine['processor']}, {machine['cores']} cores, commit {own['commit']}, {own['date']}"
-        table = [
-            "| | |",
-            "|---|---|",
-            f"| what | {own['what']} |",
-            *([f"| goal | {own['goal']} |"] if "goal" in own else []),
-        ]
-        table += [f"| {key} | {_cell(value)} |" for key, value in own.items() if key not in _ABOUT]
-        lines += [f"## {name}", "\n".join(table), f"`{own['command']}`: {where}."]
+        lines += table(name, own)
     return "\n\n".join(lines) + "\n"
+
+
+def table(name: str, own: Found) -> list[str]:
+    """One measure: its heading, its figures, its command and machine."""
+    machine = own["machine"]
+    where = f"{machine['processor']}, {machine['cores']} cores, commit {own['commit']}, {own['date']}"
+    rows = [
+        "| | |",
+        "|---|---|",
+        f"| what | {own['what']} |",
+        *([f"| goal | {own['goal']} |"] if "goal" in own else []),
+    ]
+    rows += [f"| {key} | {_cell(value)} |" for key, value in own.items() if key not in _ABOUT]
+    return [f"## {name}", "\n".join(rows), f"`{own['command']}`: {where}."]
 
 
 _ABOUT = ("what", "goal", "command", "date", "commit", "changed_files", "machine", "threads")
