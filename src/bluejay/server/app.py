@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
@@ -51,7 +52,18 @@ def create_app(house: House) -> FastAPI:
 
 def all_routes(house: House) -> list[APIRoute]:
     """Every route of a server, dialect by dialect."""
-    return [route for routes in DIALECTS for route in routes(house).routes if isinstance(route, APIRoute)]
+    return [route for routes in DIALECTS for route in _flat(routes(house).routes)]
+
+
+def _flat(routes: Iterable[Any]) -> Iterator[APIRoute]:
+    """Routes, and those of the routers among them. Raises: TypeError for anything that no policy guards."""
+    for route in routes:
+        if isinstance(route, APIRoute):
+            yield route
+        elif (router := getattr(route, "original_router", None)) is not None:  # FastAPI keeps an included router whole
+            yield from _flat(router.routes)
+        else:
+            raise TypeError(f"{route!r} is no route of a dialect: who may call it?")
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
