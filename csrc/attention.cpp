@@ -88,18 +88,19 @@ bool is_one_query(const AttentionArgs& args, const AttentionTile& tile) {
     return args.query_starts[tile.sequence + 1] - args.query_starts[tile.sequence] == 1;
 }
 
-// Cut tiles by heads. The heads of one query stay together as long as there are pieces enough for the threads: how they
-// are dealt changes nothing in the results.
-Pieces cut(const AttentionArgs& args, const std::vector<AttentionTile>& tiles) {
+// Cut tiles by heads. The heads of one query, or of few, stay together as long as there are pieces enough for the threads:
+// how they are dealt changes nothing in the results.
+Pieces cut(const AttentionArgs& args, const std::vector<AttentionTile>& tiles, int64_t lanes) {
     int64_t splits = 0;
-    for (const AttentionTile& tile : tiles) splits += is_one_query(args, tile) ? splits_of(tile) : kPanels;
+    for (const AttentionTile& tile : tiles) splits += is_one_query(args, tile) ? splits_of(tile) : 1;
     int64_t together = args.heads;
     while (together > 1 && splits * (args.heads / together) < kPiecesPerThread * num_threads()) together /= 2;
     Pieces pieces;
     for (AttentionTile tile : tiles) {
         const bool one = is_one_query(args, tile);
         for (tile.head = 0; tile.head < args.heads; tile.head += tile.heads) {
-            tile.heads = one ? std::min(together, args.heads - tile.head) : 1;
+            const int64_t most = one ? together : std::min(together, kPanels / ((tile.rows + lanes - 1) / lanes));
+            tile.heads = std::min(most, args.heads - tile.head);
             if (one) cut_one_query(tile, pieces);
             else pieces.tiles.push_back(tile);
         }
@@ -141,7 +142,7 @@ void attend_one(const AttentionKernels& kernel, const AttentionArgs& args, const
 
 void paged_attention(const AttentionArgs& args) {
     const AttentionKernels& kernel = kernels();
-    const Pieces pieces = cut(args, tiles_of(args, kPanels * kernel.lanes));
+    const Pieces pieces = cut(args, tiles_of(args, kPanels * kernel.lanes), kernel.lanes);
     std::vector<float> partials(pieces.partials * state_floats(args.head_dim));
     parallel_for(static_cast<int64_t>(pieces.tiles.size()), [&](int64_t index) {
         const AttentionTile& tile = pieces.tiles[index];

@@ -4,7 +4,8 @@
 // `window` of these. The batch is cut into pieces by shape alone, each piece is computed by one thread, and what must be
 // added up is added in order: results do not depend on the number of threads.
 //
-//   several queries   a tile of queries of one head runs over all keys it sees, with an online softmax
+//   several queries   a tile of queries of one head runs over all keys it sees, with an online softmax; few queries do so
+//                     for several heads, whose rows are then read in turn
 //   one query         the keys are cut into splits of kSplitKeys, which are joined at the end
 //
 // Source: Dao 2023 (arXiv:2307.08691) for the online softmax over tiles; Kwon et al. 2023 (arXiv:2309.06180) for blocks.
@@ -60,10 +61,11 @@ void paged_attention(const AttentionArgs& args);
 void write_kv(const WriteArgs& args);
 
 constexpr int64_t kSplitKeys = 512;  // for one query: enough work for a thread, and parts for many threads
-constexpr int64_t kKeyTile = 64;     // keys whose scores are held at once: with 256 dims, 64 KiB each of keys and values
-constexpr int64_t kPanels = 4;       // panels of queries that share what was read of the cache
+constexpr int64_t kKeyTile = 64;     // keys whose scores are held at once
+constexpr int64_t kKeyBlock = 16;    // keys or values that are widened at once, for the first-level cache
+constexpr int64_t kPanels = 4;       // panels of queries that a piece holds: of one head, or of several if they are few
 
-// Some queries of one sequence and one head (one query: some heads), and the keys to look at.
+// Some queries of one sequence and some heads, and the keys to look at.
 struct AttentionTile {
     int64_t sequence;
     int64_t row;                  // of q, the first query's
@@ -90,12 +92,9 @@ constexpr int64_t state_floats(int64_t head_dim) { return head_dim + 2; }
 
 constexpr int64_t padded_dim(int64_t head_dim) { return (head_dim + 7) / 8 * 8; }
 
-// The 16 keep equal columns of neighbouring rows out of the same cache sets.
-constexpr int64_t row_floats(int64_t head_dim) { return padded_dim(head_dim) + 16; }
-
 constexpr int64_t scratch_floats(int64_t lanes, int64_t head_dim) {
-    const int64_t panel = (2 * padded_dim(head_dim) + 2) * lanes;  // queries, results, largest scores, sums
-    return kPanels * panel + 2 * kKeyTile * row_floats(head_dim) + kKeyTile * lanes;
+    const int64_t panel = (2 * padded_dim(head_dim) + kKeyTile + 3) * lanes;  // queries, results, weights, three numbers
+    return kPanels * panel + kKeyBlock * (padded_dim(head_dim) + 8);
 }
 
 extern const AttentionKernels attention_portable;

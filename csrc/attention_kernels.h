@@ -122,6 +122,11 @@ constexpr int64_t head_bytes_of(int64_t head_dim) {
     return head_dim * int64_t(sizeof(typename Format::Number)) + Format::kScaleBytes;
 }
 
+constexpr int64_t kChunk = 16;  // dims: no vector is longer
+
+// Where a dim of a widened block's first row is.
+BLUEJAY_INLINE int64_t at_dim(int64_t i) { return i / kChunk * kChunk * kKeyBlock + i % kChunk; }
+
 // Where each of some keys begins, one pointer to the head's numbers of each.
 struct Rows {
     const char* at[kKeyTile];
@@ -137,19 +142,22 @@ BLUEJAY_INLINE void locate(const CacheView& view, const AttentionArgs& args, con
     }
 }
 
-// Widen rows into [count rounded up to 8][row_floats], filled up with zeros.
+// Widen a block of rows into [dims / 16][kKeyBlock][16], filled up with zeros to eights of rows and dims: what is read
+// together lies together, at distances that are known while compiling.
 template <typename Format>
-void widen_rows(const Rows& rows, int64_t count, int64_t head_dim, float* to) {
-    const int64_t padded = padded_dim(head_dim), stride = row_floats(head_dim);
-    for (int64_t j = 0; j < count; ++j, to += stride) {
-        const auto* from = reinterpret_cast<const typename Format::Number*>(rows.at[j]);
+void widen_rows(const char* const* rows, int64_t count, int64_t head_dim, float* to) {
+    const int64_t padded = padded_dim(head_dim);
+    for (int64_t j = 0; j < count; ++j, to += kChunk) {
+        const auto* from = reinterpret_cast<const typename Format::Number*>(rows[j]);
         const float scale = Format::scale(from, head_dim);
         int64_t i = 0;
-        for (; i + kLanes <= head_dim; i += kLanes) store(to + i, Format::widen(from + i) * scale);
-        for (; i < head_dim; ++i) to[i] = Format::widen_one(from[i]) * scale;
-        for (; i < padded; ++i) to[i] = 0;
+        for (; i + kLanes <= head_dim; i += kLanes) store(to + at_dim(i), Format::widen(from + i) * scale);
+        for (; i < head_dim; ++i) to[at_dim(i)] = Format::widen_one(from[i]) * scale;
+        for (; i < padded; ++i) to[at_dim(i)] = 0;
     }
-    for (int64_t j = count; j % 8 != 0; ++j, to += stride) memset(to, 0, padded * sizeof(float));
+    for (int64_t j = count; j % 8 != 0; ++j, to += kChunk) {
+        for (int64_t i = 0; i < padded; ++i) to[at_dim(i)] = 0;
+    }
 }
 
 // acc[r] += sum over i of a[r * row_step + i * step] * b[i][lanes]
@@ -169,13 +177,38 @@ BLUEJAY_INLINE void multiply(Vec (&acc)[ROWS][VECS], const float* a, int64_t row
     }
 }
 
-// VECS * kLanes queries of a tile, and how far they have come.
+// VECS * kLanes queries of a head, how far they have come, and what they make of the tile of keys at hand.
 struct Panel {
     float* queries;               // [padded_dim][lanes], scaled
     float* mixed;                 // [padded_dim][lanes]: sum of exp(score - largest) * value
+    float* weights;               // [kKeyTile][lanes]: scores, then exp(score - largest)
     float* largest;               // [lanes]
     float* sum;                   // [lanes]: sum of exp(score - largest)
+    float* factor;                // [lanes]: what earlier sums and results must be multiplied with
     int64_t position;             // the first query's; the others' follow
+    int64_t count;                // of the tile's keys, those that any of the queries sees end here
+};
+
+// Rows that will be read next, fetched bit by bit while others are worked on: memory and arithmetic take as long here.
+struct Ahead {
+    const char* const* at;
+    int64_t count;
+    int64_t bytes;                // of a row
+    int64_t byte;
+
+    BLUEJAY_INLINE void fetch(int64_t lines) {
+        for (; lines > 0 && count > 0; --lines, byte += 64) {
+            if (byte >= bytes) {
+                byte = 0, ++at;
+                if (--count == 0) return;
+            }
+            __builtin_prefetch(*at + byte, 0, 2);
+        }
+    }
+    // What of them is fetched beside the block of rows from `first` on.
+    Ahead beside(int64_t first) const {
+        return {at + first, count - first < kKeyBlock ? count - first : kKeyBlock, bytes, 0};
+    }
 };
 
 template <int VECS>
@@ -198,13 +231,13 @@ void finish(const Panel& panel, const AttentionArgs& args, float* out, int64_t r
     }
 }
 
-// Turn scores into weights, exp(score - largest), 0 where a query does not see a key; `factor` [lanes] is what earlier
-// sums and results must be multiplied with.
+// Turn scores into weights, exp(score - largest), 0 where a query does not see a key.
 template <int VECS, bool MASKED>
-void softmax(Panel& panel, float* weights, int64_t first_key, int64_t count, int64_t window, Vec (&factor)[VECS]) {
+void softmax(const Panel& panel, int64_t first_key, int64_t window) {
+    const int64_t count = panel.count;
 #pragma GCC unroll 4
     for (int c = 0; c < VECS; ++c) {
-        float* column = weights + c * kLanes;
+        float* column = panel.weights + c * kLanes;
         Ints age = {};  // keys between a query and the first key: seen are those with 0 <= age < window
         for (int lane = 0; lane < kLanes; ++lane) age[lane] = int32_t(panel.position + c * kLanes + lane - first_key);
         const int32_t oldest = window > 0 ? int32_t(window) : INT32_MAX;
@@ -229,77 +262,155 @@ void softmax(Panel& panel, float* weights, int64_t first_key, int64_t count, int
             store(column + j * VECS * kLanes, weight);
             sum += weight;
         }
-        factor[c] = exp_negative(before - largest);
+        const Vec factor = exp_negative(before - largest);
+        store(panel.factor + c * kLanes, factor);
         store(panel.largest + c * kLanes, largest);
-        store(panel.sum + c * kLanes, load(panel.sum + c * kLanes) * factor[c] + sum);
+        store(panel.sum + c * kLanes, load(panel.sum + c * kLanes) * factor + sum);
     }
 }
 
-// Let a panel look at `count` keys from first_key on.
+// Turn a panel's scores of a tile of keys into weights.
+template <int VECS>
+void weigh(const Panel& panel, const AttentionArgs& args, int64_t first_key) {
+    const int64_t last = panel.position + VECS * kLanes - 1;
+    if (panel.count == 0) return;
+    if (first_key + panel.count - 1 > panel.position || (args.window > 0 && first_key <= last - args.window)) {
+        softmax<VECS, true>(panel, first_key, args.window);
+    } else {
+        softmax<VECS, false>(panel, first_key, args.window);
+    }
+}
+
+// How many of `count` keys from first_key on lie before the last that a panel sees; 0 if it sees none of them.
+template <int VECS>
+int64_t seen(const Panel& panel, int64_t window, int64_t first_key, int64_t count) {
+    const int64_t end = panel.position + VECS * kLanes - first_key;
+    if (end <= 0 || (window > 0 && first_key + (count < end ? count : end) <= panel.position - window + 1)) return 0;
+    return count < end ? count : end;
+}
+
+// Lines to be fetched with each `work` of the padded * kKeyBlock numbers of a block.
+BLUEJAY_INLINE int64_t lines_beside(const Ahead& ahead, int64_t work, int64_t padded) {
+    const int64_t lines = ahead.count * ((ahead.bytes + 63) / 64), times = padded * kKeyBlock / work;
+    return (lines + times - 1) / (times > 0 ? times : 1);
+}
+
+// Let a panel score a block of keys, from number `first` of the tile on.
 template <int VECS, int ROWS>
-void look(Panel& panel, const AttentionArgs& args, const float* keys, const float* values, float* weights,
-          int64_t first_key, int64_t count) {
+BLUEJAY_INLINE void score(const Panel& panel, int64_t head_dim, const float* keys, int64_t first, int64_t count, Ahead ahead) {
     constexpr int64_t lanes = VECS * kLanes;
-    const int64_t stride = row_floats(args.head_dim), padded = padded_dim(args.head_dim), last = panel.position + lanes - 1;
-    if (count > last + 1 - first_key) count = last + 1 - first_key;
-    if (count <= 0 || (args.window > 0 && first_key + count <= panel.position - args.window + 1)) return;
+    const int64_t padded = padded_dim(head_dim), lines = lines_beside(ahead, kChunk * ROWS, padded);
+    float* weights = panel.weights + first * lanes;
+    if (count > panel.count - first) count = panel.count - first;
     for (int64_t j = 0; j < count; j += ROWS) {
         Vec acc[ROWS][VECS] = {};
-        multiply<ROWS, VECS>(acc, keys + j * stride, stride, 1, panel.queries, padded);
+        for (int64_t i = 0; i < padded; i += kChunk) {
+            ahead.fetch(lines);
+            multiply<ROWS, VECS>(acc, keys + at_dim(i) + j * kChunk, kChunk, 1, panel.queries + i * lanes,
+                                 padded - i < kChunk ? padded - i : kChunk);
+        }
         for (int r = 0; r < ROWS; ++r) {
             for (int c = 0; c < VECS; ++c) store(weights + (j + r) * lanes + c * kLanes, acc[r][c]);
         }
     }
+}
+
+// Let a panel mix a block of values.
+template <int VECS, int ROWS>
+BLUEJAY_INLINE void mix_block(const Panel& panel, int64_t head_dim, const float* values, int64_t first, int64_t count,
+                              Ahead ahead) {
+    constexpr int64_t lanes = VECS * kLanes;
+    const int64_t padded = padded_dim(head_dim), lines = lines_beside(ahead, kKeyBlock * ROWS, padded);
+    const float* weights = panel.weights + first * lanes;
+    if (count > panel.count - first) count = panel.count - first;
+    if (count <= 0) return;
     Vec factor[VECS];
-    const bool masked = first_key + count - 1 > panel.position || (args.window > 0 && first_key <= last - args.window);
-    if (masked) {
-        softmax<VECS, true>(panel, weights, first_key, count, args.window, factor);
-    } else {
-        softmax<VECS, false>(panel, weights, first_key, count, args.window, factor);
-    }
+    for (int c = 0; c < VECS; ++c) factor[c] = first == 0 ? load(panel.factor + c * kLanes) : splat(1);
     for (int64_t i = 0; i < padded; i += ROWS) {
+        ahead.fetch(lines);
+        float* mixed = panel.mixed + i * lanes;
         Vec acc[ROWS][VECS];
         for (int r = 0; r < ROWS; ++r) {
-            for (int c = 0; c < VECS; ++c) acc[r][c] = load(panel.mixed + (i + r) * lanes + c * kLanes) * factor[c];
+            for (int c = 0; c < VECS; ++c) acc[r][c] = load(mixed + r * lanes + c * kLanes) * factor[c];
         }
-        multiply<ROWS, VECS>(acc, values + i, 1, stride, weights, count);
+        multiply<ROWS, VECS>(acc, values + at_dim(i), 1, kChunk, weights, count);
         for (int r = 0; r < ROWS; ++r) {
-            for (int c = 0; c < VECS; ++c) store(panel.mixed + (i + r) * lanes + c * kLanes, acc[r][c]);
+            for (int c = 0; c < VECS; ++c) store(mixed + r * lanes + c * kLanes, acc[r][c]);
         }
+    }
+}
+
+// Let a head's panels look at a tile of keys. Their rows are widened block by block, to stay in the first-level cache;
+// while keys are worked on, the values are fetched, and meanwhile the keys that are `next`.
+template <typename Format, int VECS, int ROWS>
+__attribute__((noinline)) void look(Panel* panels, int64_t num_panels, const AttentionArgs& args, int64_t first_key,
+                                    int64_t count, const Rows& keys, const Rows& values, const Ahead& next, float* block) {
+    const int64_t dim = args.head_dim;
+    const Ahead nothing{}, ahead{values.at, count, head_bytes_of<Format>(dim), 0};
+    for (int64_t p = 0; p < num_panels; ++p) panels[p].count = seen<VECS>(panels[p], args.window, first_key, count);
+    for (int64_t first = 0; first < count; first += kKeyBlock) {
+        const int64_t some = count - first < kKeyBlock ? count - first : kKeyBlock;
+        widen_rows<Format>(keys.at + first, some, dim, block);
+        for (int64_t p = 0; p < num_panels; ++p) {
+            score<VECS, ROWS>(panels[p], dim, block, first, some, p == 0 ? ahead.beside(first) : nothing);
+        }
+    }
+    for (int64_t p = 0; p < num_panels; ++p) weigh<VECS>(panels[p], args, first_key);
+    for (int64_t first = 0; first < count; first += kKeyBlock) {
+        const int64_t some = count - first < kKeyBlock ? count - first : kKeyBlock;
+        widen_rows<Format>(values.at + first, some, dim, block);
+        for (int64_t p = 0; p < num_panels; ++p) {
+            mix_block<VECS, ROWS>(panels[p], dim, block, first, some, p == 0 ? next.beside(first) : nothing);
+        }
+    }
+}
+
+// Heads take turns within a tile of keys, as in attend_one_as.
+template <typename Format, int VECS, int ROWS>
+void look_at_keys(Panel* panels, int64_t num_panels, const AttentionArgs& args, const AttentionTile& tile, float* block) {
+    const int64_t head_bytes = head_bytes_of<Format>(args.head_dim);
+    Rows keys, values;
+    int64_t count = tile.end_key - tile.first_key < kKeyTile ? tile.end_key - tile.first_key : kKeyTile;
+    locate(args.keys, args, tile, head_bytes, tile.first_key, count, keys);
+    for (int64_t first = tile.first_key; first < tile.end_key; first += kKeyTile) {
+        locate(args.values, args, tile, head_bytes, first, count, values);
+        const int64_t rest = tile.end_key - first - kKeyTile, behind = rest < 0 ? 0 : rest < kKeyTile ? rest : kKeyTile;
+        for (int64_t h = 0; h < tile.heads; ++h) {
+            const bool last = h + 1 == tile.heads;
+            Rows next = keys;
+            if (last) locate(args.keys, args, tile, head_bytes, first + kKeyTile, behind, next);
+            else for (int64_t j = 0; j < count; ++j) next.at[j] += head_bytes;
+            look<Format, VECS, ROWS>(panels + h * num_panels, num_panels, args, first, count, keys, values,
+                                     {next.at, last ? behind : count, head_bytes, 0}, block);
+            keys = next;
+            for (int64_t j = 0; j < count; ++j) values.at[j] += head_bytes;
+        }
+        count = behind;
     }
 }
 
 template <typename Format, int VECS, int ROWS>
 void attend_panels(const AttentionArgs& args, const AttentionTile& tile, float* scratch) {
     constexpr int64_t lanes = VECS * kLanes;
-    const int64_t panel_floats = padded_dim(args.head_dim) * lanes;
-    const int64_t row_step = lanes * args.heads * args.head_dim, start = (tile.row * args.heads + tile.head) * args.head_dim;
-    const int64_t head_bytes = head_bytes_of<Format>(args.head_dim);
+    const int64_t panel_floats = padded_dim(args.head_dim) * lanes, num_panels = (tile.rows + lanes - 1) / lanes;
     Panel panels[kPanels];
-    int64_t num_panels = 0;
-    for (int64_t row = 0; row < tile.rows; row += lanes, ++num_panels) {
-        Panel& panel = panels[num_panels];
-        panel = {scratch, scratch + panel_floats, scratch + 2 * panel_floats, scratch + 2 * panel_floats + lanes,
-                 tile.position + row};
-        scratch += 2 * panel_floats + 2 * lanes;
-        begin<VECS>(panel, args, args.q + start + num_panels * row_step, tile.rows - row < lanes ? tile.rows - row : lanes);
-    }
-    float* keys = scratch;
-    float* values = keys + kKeyTile * row_floats(args.head_dim);
-    float* weights = values + kKeyTile * row_floats(args.head_dim);
-    for (int64_t first = tile.first_key; first < tile.end_key; first += kKeyTile) {
-        const int64_t count = tile.end_key - first < kKeyTile ? tile.end_key - first : kKeyTile;
-        Rows rows;
-        locate(args.keys, args, tile, head_bytes, first, count, rows);
-        widen_rows<Format>(rows, count, args.head_dim, keys);
-        locate(args.values, args, tile, head_bytes, first, count, rows);
-        widen_rows<Format>(rows, count, args.head_dim, values);
-        for (int64_t p = 0; p < num_panels; ++p) look<VECS, ROWS>(panels[p], args, keys, values, weights, first, count);
-    }
-    for (int64_t p = 0; p < num_panels; ++p) {
-        const int64_t row = p * lanes;
-        finish<VECS>(panels[p], args, args.out + start + p * row_step, tile.rows - row < lanes ? tile.rows - row : lanes);
-    }
+    const auto each = [&](auto call) {  // of its number, where its first query lies, and how many it has
+        for (int64_t i = 0; i < tile.heads * num_panels; ++i) {
+            const int64_t head = tile.head + i / num_panels, row = i % num_panels * lanes;
+            call(panels[i], ((tile.row + row) * args.heads + head) * args.head_dim, row,
+                 tile.rows - row < lanes ? tile.rows - row : lanes);
+        }
+    };
+    each([&](Panel& panel, int64_t start, int64_t row, int64_t rows) {
+        float* weights = scratch + 2 * panel_floats;
+        float* largest = weights + kKeyTile * lanes;
+        panel = {scratch,         scratch + panel_floats, weights, largest, largest + lanes, largest + 2 * lanes,
+                 tile.position + row, 0};
+        scratch = largest + 3 * lanes;
+        begin<VECS>(panel, args, args.q + start, rows);
+    });
+    look_at_keys<Format, VECS, ROWS>(panels, num_panels, args, tile, scratch);
+    each([&](Panel& panel, int64_t start, int64_t, int64_t rows) { finish<VECS>(panel, args, args.out + start, rows); });
 }
 
 // 4 x 3 (8 x 1) sums, 3 (1) vectors of queries and one broadcast number: what 16 registers hold.
