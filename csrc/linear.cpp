@@ -1,9 +1,10 @@
 // How a linear layer is cut into pieces; the pieces themselves are computed by the kernels of an instruction set.
 //
 //   1. The rows become digits, in tiles of four rows.
-//   2. The outputs are dealt to the threads in tiles of 16. For up to four rows, two such tiles are read side by side from
-//      memory. For more, a tile goes through its inputs in blocks that fit the first-level cache, and for each block
-//      through all rows, up to 512 at a time: weights come from memory once for so many.
+//   2. The outputs are dealt to the threads in tiles of 16. For few rows, two such tiles are read side by side from memory,
+//      and each group of weights meets all rows while the next ones come. For more, a tile goes through its inputs in
+//      blocks that fit the first-level cache, and for each block through all rows, up to 512 at a time: weights come from
+//      memory once for so many.
 #include "linear.h"
 
 #include <algorithm>
@@ -20,6 +21,7 @@ constexpr int64_t kBlockGroups = 32;  // 1,024 inputs: 16 KiB of weights, half o
 constexpr int64_t kMaxRows = 512;     // worked on at a time, so that digits and sums stay in the outer caches
 constexpr int64_t kMaxDigits = 4 << 20;  // of those rows, in bytes of one digit each
 constexpr int64_t kLine = 64;         // bytes of a cache line
+constexpr int64_t kFewTiles = 4;      // of rows: beyond 16, arithmetic takes far longer than memory either way
 constexpr int64_t kTurn = 8;          // tiles of outputs that a thread takes at a time, if each is short work
 
 const LinearKernels& kernels() {
@@ -50,6 +52,7 @@ public:
         rows_ = rows;
         groups_ = args.padded_in / kGroup;
         tiles_ = (rows + kTileRows - 1) / kTileRows;
+        block_ = few() ? groups_ : kBlockGroups;
         for (auto* digits : {&low_, &high_}) grow(*digits, rows * groups_ * kGroupQuads);
         for (auto* starts : {&low_start_, &high_start_}) grow(*starts, rows * groups_);
         grow(scale_, rows * groups_);
@@ -59,13 +62,15 @@ public:
         else parallel_for(tiles_, one);
     }
 
+    // Whether the rows are so few that weights are read from memory for all of them, and not block by block.
+    bool few() const { return tiles_ <= kFewTiles; }
     int64_t tiles() const { return tiles_; }
     int64_t groups() const { return groups_; }
     int tile_rows(int64_t tile) const { return static_cast<int>(std::min<int64_t>(kTileRows, rows_ - tile * kTileRows)); }
 
     // The digits of a tile of rows in the block that begins at first_group.
     Digits at(int64_t tile, int64_t first_group) const {
-        const int64_t groups = std::min(kBlockGroups, groups_ - first_group);
+        const int64_t groups = std::min(block_, groups_ - first_group);
         const int64_t group = first_group * rows_ + tile * kTileRows * groups;
         const int64_t quad = group * kGroupQuads;
         return {&low_[quad],    &high_[quad], &low_start_[group], &high_start_[group],
@@ -96,9 +101,9 @@ private:
             const float* x = args.x + (first_row + tile * kTileRows + r) * args.in_features;
             kernel.quantize_row(x, args.in_features, args.padded_in, args.bits, scratch[r].room(groups_));
         }
-        for (int64_t first = 0; first < groups_; first += kBlockGroups) {
-            const int64_t block = first * rows_ + tile * kTileRows * std::min(kBlockGroups, groups_ - first);
-            for (int64_t g = first; g < std::min(first + kBlockGroups, groups_); ++g)
+        for (int64_t first = 0; first < groups_; first += block_) {
+            const int64_t block = first * rows_ + tile * kTileRows * std::min(block_, groups_ - first);
+            for (int64_t g = first; g < std::min(first + block_, groups_); ++g)
                 interleave(scratch, num_rows, g, block + (g - first) * num_rows, tile);
         }
     }
@@ -122,7 +127,7 @@ private:
         for (int quad = 0; quad < kGroupQuads; ++quad) std::memcpy(to + quad * stride, digits + 4 * quad, 4);
     }
 
-    int64_t rows_ = 0, tiles_ = 0, groups_ = 0;
+    int64_t rows_ = 0, tiles_ = 0, groups_ = 0, block_ = 0;
     std::vector<int32_t> low_, high_, low_start_, high_start_;
     std::vector<float> scale_;
     std::vector<uint8_t> wide_;
@@ -187,22 +192,25 @@ void write_out(const LinearArgs& args, int64_t tile, int64_t first_row, int64_t 
     }
 }
 
-// One tile of rows: weights are read once, as fast as memory gives them.
-void stream(const LinearKernels& kernel, const LinearArgs& args, const TiledDigits& digits, int64_t first_row) {
-    const int64_t tiles = num_tiles(args), groups = digits.groups(), rows = digits.tile_rows(0);
-    const int repeat = args.group_size / kGroup;
-    const auto multiply = (args.bits == 8 ? kernel.int8_stream : kernel.int4_stream)[rows - 1];
-    const Digits x = digits.at(0, 0);
+// Few rows: weights are read once, as fast as memory gives them, and each group of them is multiplied by all rows while
+// the next ones come.
+void stream(const LinearKernels& kernel, const LinearArgs& args, const TiledDigits& digits, int64_t first_row, int64_t rows) {
+    const int64_t tiles = num_tiles(args), groups = digits.groups();
+    const int repeat = args.group_size / kGroup, full = static_cast<int>(digits.tiles() - 1);
+    const auto multiply = (args.bits == 8 ? kernel.int8_stream : kernel.int4_stream)[digits.tile_rows(full) - 1];
+    Digits x[kFewTiles];
+    for (int i = 0; i <= full; ++i) x[i] = digits.at(i, 0);
     // Several strips to a turn, but some turns for each thread.
     const int64_t turn = std::clamp(tiles / (4 * num_threads()) / kStreams * kStreams, int64_t{kStreams}, kTurn);
     parallel_for((tiles + turn - 1) / turn, [&](int64_t index) {
         const int64_t last = std::min(tiles, (index + 1) * turn);
         for (int64_t tile = index * turn; tile < last; tile += kStreams) {
             const int count = static_cast<int>(std::min<int64_t>(kStreams, last - tile));
-            alignas(64) float sums[kStreams * kTileRows * kTileOutputs] = {};
+            alignas(64) float sums[kStreams * kFewTiles * kTileRows * kTileOutputs];
+            std::fill_n(sums, count * rows * kTileOutputs, 0.0f);
             multiply({args.weight + tile * groups * kTileOutputs * kGroup * args.bits / 8,
                       args.scales + tile * groups / repeat * kTileOutputs, groups, repeat, count, end_of_weights(args)},
-                     x, sums);
+                     x, full, sums);
             for (int t = 0; t < count; ++t) write_out(args, tile + t, first_row, rows, sums + t * rows * kTileOutputs);
         }
     });
@@ -228,7 +236,7 @@ void linear(const LinearArgs& args) {
     for (int64_t first_row = 0; first_row < args.rows; first_row += at_once) {
         const int64_t rows = std::min(at_once, args.rows - first_row);
         digits.quantize(kernel, args, first_row, rows);
-        if (digits.tiles() == 1) stream(kernel, args, digits, first_row);
+        if (digits.few()) stream(kernel, args, digits, first_row, rows);
         else multiply(kernel, args, digits, first_row, rows);
     }
 }

@@ -139,8 +139,9 @@ struct LinearKernels {
                           Ahead ahead);
     Tile int8[kTileRows];
     Tile int4[kTileRows];
-    // The same, weights and scales as they are stored, from memory: the tiles of a strip are read side by side.
-    using Stream = void (*)(const Strip& strip, const Digits& digits, float* sums);
+    // The same, weights and scales as they are stored, from memory: the tiles of a strip are read side by side. So many
+    // `full` tiles of rows come before that of 1, 2, 3, 4 rows, each with its digits.
+    using Stream = void (*)(const Strip& strip, const Digits* digits, int full, float* sums);
     Stream int8_stream[kTileRows];
     Stream int4_stream[kTileRows];
 };

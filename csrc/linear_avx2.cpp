@@ -125,8 +125,8 @@ inline __m256 widened(const uint16_t* halves) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
 }
 
-template <int ROWS, Kind KIND>
-void stream(const Strip& strip, const Digits& digits, float* sums) {
+template <int LAST, Kind KIND>
+void stream(const Strip& strip, const Digits* digits, int full, float* sums) {
     const int64_t tile_bytes = strip.groups * kGroupBytes<KIND>;
     const int64_t tile_scales = strip.groups / strip.groups_per_scale * kTileOutputs;
     for (int64_t g = 0; g < strip.groups; ++g) {
@@ -136,8 +136,11 @@ void stream(const Strip& strip, const Digits& digits, float* sums) {
             // Once read, weights are not needed again: past the caches, which hold the program and its data meanwhile.
             const uint8_t* ahead = shortly(strip, t, g * kGroupBytes<KIND>, tile_bytes);
             for (int64_t line = 0; line < kGroupBytes<KIND>; line += 64) _mm_prefetch(ahead + line, _MM_HINT_NTA);
-            multiply_group<ROWS, KIND>(weight, digits, g, [=](int n) { return widened(scales + 8 * n); },
-                                       sums + t * ROWS * kTileOutputs);
+            const auto widened_scales = [=](int n) { return widened(scales + 8 * n); };
+            float* to = sums + t * (full * kTileRows + LAST) * kTileOutputs;
+            for (int rows = 0; rows < full; ++rows, to += kTileRows * kTileOutputs)
+                multiply_group<kTileRows, KIND>(weight, digits[rows], g, widened_scales, to);
+            multiply_group<LAST, KIND>(weight, digits[full], g, widened_scales, to);
         }
     }
 }

@@ -76,8 +76,8 @@ void tile(const uint8_t* weight, const Digits& digits, const float* scales, int6
     }
 }
 
-template <int ROWS, Kind KIND>
-void stream(const Strip& strip, const Digits& digits, float* sums) {
+template <int LAST, Kind KIND>
+void stream(const Strip& strip, const Digits* digits, int full, float* sums) {
     const int64_t tile_bytes = strip.groups * kGroupBytes<KIND>;
     const int64_t tile_scales = strip.groups / strip.groups_per_scale * kTileOutputs;
     for (int64_t g = 0; g < strip.groups; ++g) {
@@ -88,7 +88,10 @@ void stream(const Strip& strip, const Digits& digits, float* sums) {
             const uint8_t* ahead = shortly(strip, t, g * kGroupBytes<KIND>, tile_bytes);
             for (int64_t line = 0; line < kGroupBytes<KIND>; line += 64) _mm_prefetch(ahead + line, _MM_HINT_NTA);
             const __m512 widened = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
-            multiply_group<ROWS, KIND>(weight, digits, g, widened, sums + t * ROWS * kTileOutputs);
+            float* to = sums + t * (full * kTileRows + LAST) * kTileOutputs;
+            for (int rows = 0; rows < full; ++rows, to += kTileRows * kTileOutputs)
+                multiply_group<kTileRows, KIND>(weight, digits[rows], g, widened, to);
+            multiply_group<LAST, KIND>(weight, digits[full], g, widened, to);
         }
     }
 }

@@ -85,15 +85,17 @@ void widen_scales(const uint16_t* scales, int64_t count, int repeat, float* out)
             for (int o = 0; o < kTileOutputs; ++o) out[o] = widen(scales[o]);
 }
 
-template <int ROWS, Kind KIND>
-void stream(const Strip& strip, const Digits& digits, float* sums) {
+template <int LAST, Kind KIND>
+void stream(const Strip& strip, const Digits* digits, int full, float* sums) {
     const uint8_t* weight = strip.weight;
     const uint16_t* halves = strip.scales;
-    for (int t = 0; t < strip.tiles; ++t, sums += ROWS * kTileOutputs)
+    for (int t = 0; t < strip.tiles; ++t, sums += (full * kTileRows + LAST) * kTileOutputs)
         for (int64_t g = 0; g < strip.groups; ++g, weight += kGroupBytes<KIND>) {
             float scales[kTileOutputs];
             widen_scales(halves, 1, 1, scales);
-            multiply_group<ROWS, KIND>(weight, digits, g, scales, sums);
+            for (int rows = 0; rows < full; ++rows)
+                multiply_group<kTileRows, KIND>(weight, digits[rows], g, scales, sums + rows * kTileRows * kTileOutputs);
+            multiply_group<LAST, KIND>(weight, digits[full], g, scales, sums + full * kTileRows * kTileOutputs);
             if ((g + 1) % strip.groups_per_scale == 0) halves += kTileOutputs;
         }
 }
