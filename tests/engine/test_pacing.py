@@ -58,11 +58,30 @@ def test_a_prompt_alone_tells_what_its_tokens_cost() -> None:
     assert pacing.max_prefill_tokens(1, 1) == 10
 
 
-def test_the_average_follows_a_machine_that_slows_down() -> None:
+def test_chunks_follow_a_machine_that_slows_down() -> None:
     pacing = paced()
     for _ in range(30):
         pacing.learn(step(1, 1, 10), 0.18)
     assert pacing.max_prefill_tokens(1, 2) == 12
+
+
+def test_one_slow_step_changes_nothing() -> None:
+    pacing = paced()
+    for _ in range(8):
+        pacing.learn(step(1, 1), 0.1)
+        pacing.learn(step(1, 1, 10), 0.14)
+    before = pacing.max_prefill_tokens(1, 2)
+    pacing.learn(step(1, 1), 0.5)
+    assert pacing.max_prefill_tokens(1, 2) == before
+    pacing.learn(step(1, 1, 10), 0.5)
+    assert pacing.max_prefill_tokens(1, 2) == before
+
+
+def test_where_steps_differ_most_keep_within_the_stall() -> None:
+    pacing = paced()
+    for number in range(16):
+        pacing.learn(step(1, 1, 10), 0.18 if number % 4 == 0 else 0.14)
+    assert pacing.max_prefill_tokens(1, 2) == 12  # 8 ms a token, not 5 on average
 
 
 def test_a_step_without_prompts_is_looked_at_now_and_then() -> None:

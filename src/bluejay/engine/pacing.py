@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections import deque
+from statistics import median
+
 from bluejay.engine.scheduler import Schedule
 
 FIRST_CHUNK = 32  # tokens, before anything has been measured
 LEAST_CHUNK = 4  # tokens: whatever the watch says, a prompt gets on
 UNNOTICED_S = 0.02  # a step that short brings each stream 50 tokens a second: faster than anybody reads
-WEIGHT = 0.3  # of the latest step in the averages: some six are remembered
+REMEMBERED = 8  # steps with prompts: the next ones cost what these did, a little more as contexts grow
+REMEMBERED_DECODES = 5  # steps without, of which there are few while prompts are read
 LOOK_EVERY = 32  # steps: so often one without prompts is timed, where there would be none
 
 
 class Pacing:
     """Watches how long steps take, and cuts prompts so that no step is much longer than one that only decodes.
+
+    Steps of one kind differ, by what else the machine does. So what a step without prompts takes is a median, which one
+    slow step does not raise. And a token of a prompt is taken to cost what it did in one of the slower of the last
+    steps: by their average, half of them would last longer than they may. The slowest is left out, as it may have been
+    held up by others.
 
     Args:
         max_stall: how many times as long a step with a chunk of a prompt may take; 0 is no limit.
@@ -20,8 +29,9 @@ class Pacing:
 
     def __init__(self, max_stall: float) -> None:
         self._max_stall = max_stall
-        self._decode_s: float | None = None
-        self._token_s: float | None = None
+        self._decode_s: deque[float] = deque(maxlen=REMEMBERED_DECODES)
+        self._token_s: deque[float] = deque(maxlen=REMEMBERED)
+        self._alone_s = 0.0  # a token's cost where nobody decoded
         self._num_unseen = LOOK_EVERY  # steps since one without prompts
 
     def max_prefill_tokens(self, num_reading: int, num_decoding: int) -> int | None:
@@ -38,11 +48,12 @@ class Pacing:
             return None
         if self._num_unseen >= LOOK_EVERY:
             return 0
-        if not self._decode_s or not self._token_s:  # a clock may stand still
+        decode_s, token_s = median(self._decode_s), self._slow_token_s()
+        if not decode_s or not token_s:  # a clock may stand still
             return FIRST_CHUNK
         share = max(1.0, num_reading / num_decoding)
-        longer_s = max(share * (self._max_stall - 1) * self._decode_s, UNNOTICED_S - self._decode_s)
-        return max(LEAST_CHUNK, int(longer_s / self._token_s))
+        longer_s = max(share * (self._max_stall - 1) * decode_s, UNNOTICED_S - decode_s)
+        return max(LEAST_CHUNK, int(longer_s / token_s))
 
     def learn(self, schedule: Schedule, seconds: float) -> None:
         """Note how long a step took."""
@@ -51,13 +62,14 @@ class Pacing:
         self._num_unseen += num_decoding > 0
         if num_read == 0:
             self._num_unseen = 0
-            self._decode_s = _average(self._decode_s, seconds)
+            self._decode_s.append(seconds)
         elif num_decoding == 0:
             # What any step costs is not the tokens' fault, but nothing is there yet to take it off.
-            self._token_s = _average(self._token_s, seconds / num_read)
-        elif self._decode_s is not None:
-            self._token_s = _average(self._token_s, max(seconds - self._decode_s, 0.1 * seconds) / num_read)
+            self._alone_s = seconds / num_read
+        elif self._decode_s:
+            self._token_s.append(max(seconds - median(self._decode_s), 0.1 * seconds) / num_read)
 
-
-def _average(before: float | None, now: float) -> float:
-    return now if before is None else (1 - WEIGHT) * before + WEIGHT * now
+    def _slow_token_s(self) -> float:
+        """What a token costs in one of the slower steps; where nobody decoded, chunks are long and tokens cost less."""
+        costs = sorted(self._token_s)
+        return costs[len(costs) * 3 // 4] if costs else self._alone_s
