@@ -144,7 +144,12 @@ def routes(house: House) -> APIRouter:
     router.delete("/keys/{key}", summary="Revoke a key", **_documented(None, ("key",)))(revoke_key)
     router.get("/usage", summary="Usage, added up", **_documented(query=UsageWanted))(usage)
     router.get("/flagged", summary="Flagged generations", **_documented(query=FlaggedWanted))(list_flagged)
-    router.get("/flagged/export", summary="As lines of JSON", **_documented(query=ExportWanted))(export_flagged)
+    lines = {
+        200: {"description": "A record each line", "content": {"application/jsonl": {"schema": {"type": "string"}}}}
+    }
+    exported = _documented(query=ExportWanted)
+    exported |= {"response_class": StreamingResponse, "responses": exported["responses"] | lines}
+    router.get("/flagged/export", summary="As lines of JSON", **exported)(export_flagged)
     router.get("/flagged/{id}", summary="One of them", **_documented(None, ("id",)))(one_flagged)
     router.post("/flagged/{id}/accept", summary="Accept it", **_documented(Verdict, ("id",), required=False))(accept)
     router.post("/flagged/{id}/reject", summary="Reject it", **_documented(Verdict, ("id",), required=False))(reject)
