@@ -27,10 +27,10 @@ async def _until_nothing_is_held(target: Target, pid: int, num_files_before: int
 async def _go_and_look(server: Any, clients: int, within_s: float) -> None:
     target, pid = Target.of(server.url), server.process.pid
     assert set(HELD) <= set(await metrics(target)) | {"bluejay_requests_running"}
-    await disconnects(target, clients=8, stream=False)  # what is opened once and kept
+    await disconnects(target, clients=8, stream=True)  # what is opened once and kept
     await _until_nothing_is_held(target, pid, 10_000, BUSY_MACHINE_S)
     before = num_files(pid)
-    await disconnects(target, clients=clients, stream=False)
+    await disconnects(target, clients=clients, stream=True)
     await _until_nothing_is_held(target, pid, before, within_s)
 
 

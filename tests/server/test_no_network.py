@@ -23,7 +23,7 @@ import sys
 def watch(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
         with open(FILE, "a") as file:
-            file.write(repr((event, arguments[1:] if event in ("socket.connect", "socket.sendto") else arguments)) + "\\n")
+            file.write(f"{event} {arguments[-1] if event == 'socket.connect' else arguments[1:]}\\n")
 
 sys.addaudithook(watch)
 """

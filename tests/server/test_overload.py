@@ -21,7 +21,7 @@ def _load(serving: Any, seconds: float, ramp_s: float) -> Overload:
             clients=1000,
             seconds=seconds,
             tokens=32,
-            stream=False,
+            stream=True,
             pid=serving.process.pid,
             ramp_s=ramp_s,
         )

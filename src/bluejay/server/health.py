@@ -35,7 +35,9 @@ def routes(house: House) -> APIRouter:
     router.get("/livez", summary="Whether the server lives", **documented(None, {"type": "object"}))(livez)
     router.get("/readyz", summary="Whether it takes requests", **documented(None, {"type": "object"}))(readyz)
     router.get("/loading", summary="How far its models are", **documented(None, {"type": "object"}))(loading)
-    text = {200: {"description": "Done", "content": {"text/plain": {"schema": {"type": "string"}}}}}
+    text: dict[int | str, Any] = {
+        200: {"description": "Done", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    }
     router.get(
         "/metrics", summary="What Prometheus reads", response_model=None, response_class=Response, responses=text
     )(metrics)
