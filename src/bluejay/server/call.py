@@ -20,6 +20,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Annotated, Any, TypeVar
 
@@ -383,7 +384,8 @@ async def _guarded(
     house.service.metrics.answered(dialect.name, response.status_code)
     if needed is not Access.PUBLIC:
         # Of who was turned away there may be thousands each second; the metrics count them.
-        _log.log(
+        _soon(
+            _log.log,
             logging.DEBUG if refused.get("refused") in ("Overloaded", "QuotaExceeded") else logging.INFO,
             "%s %s %d",
             request.method,
@@ -392,6 +394,11 @@ async def _guarded(
             extra={"took_ms": round(1e3 * (time.monotonic() - began_s), 1), **refused},
         )
     return response
+
+
+def _soon(call: Callable[..., None], *values: Any, **more: Any) -> None:
+    """Call when what is ready to be sent is on its way: a line of the log takes as long as several tokens."""
+    asyncio.get_running_loop().call_soon(partial(call, *values, **more))
 
 
 async def _the_call(request: Request) -> Call:  # not async, FastAPI would call it in another thread
