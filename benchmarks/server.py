@@ -71,13 +71,15 @@ def throughput(rounds: int) -> Found:
 
 @contextmanager
 def _engine() -> Iterator[Callable[[], Reading]]:
-    """The engine in this process, stepped in a loop."""
+    """The engine in this process, stepped in a loop, with as many threads as a worker gives it."""
     from collections import deque
 
     from bluejay import LLM, SamplingParams
     from bluejay.engine.request import GenerationEvent, GenerationRequest
+    from bluejay.engine.threads import set_model_threads
 
     llm = LLM()
+    set_model_threads(llm, 0, one_by_one=True)
     params = SamplingParams(max_new_tokens=NUM_TOKENS, ignore_eos=True)
 
     def run() -> Reading:

@@ -42,8 +42,8 @@ def create_app(house: House) -> FastAPI:
         openapi_url=None,
         redirect_slashes=False,
     )
-    for routes in DIALECTS:
-        app.include_router(routes(house))
+    # Not include_router, which keeps routers whole: a request would look into each in turn, for longer than all else.
+    app.router.routes.extend(all_routes(house))
     described = cache(lambda: schema.describe(app, all_routes(house), keys=not house.door.is_open))
     app.openapi = described  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _no_route)
