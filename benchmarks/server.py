@@ -136,7 +136,7 @@ def _worker() -> Iterator[Callable[[], Reading]]:
 
 @contextmanager
 def _served() -> Iterator[str]:
-    """`bluejay serve` in a home of its own, without the prefix cache, which would know the prompts of the last round."""
+    """`bluejay serve` in a home of its own, without the prefix cache: that would know the last round's prompts."""
     with tempfile.TemporaryDirectory(prefix="bluejay-benchmark-") as folder:
         home, ready = Path(folder), Path(folder, "ready.json")
         (home / "config.toml").write_text("[engine]\nprefix_cache = false\n")
