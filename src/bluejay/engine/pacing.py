@@ -19,9 +19,9 @@ class Pacing:
     """Watches how long steps take, and cuts prompts so that no step is much longer than one that only decodes.
 
     Steps of one kind differ, by what else the machine does. So what a step without prompts takes is a median, which one
-    slow step does not raise. And a token of a prompt is taken to cost what it did in one of the slower of the last
-    steps: by their average, half of them would last longer than they may. The slowest is left out, as it may have been
-    held up by others.
+    slow step does not raise. And where sequences would stall, a token of a prompt is taken to cost what it did in one of
+    the slower of the last steps: by their average, half of them would last longer than they may. The slowest is left
+    out, as it may have been held up by others. Where nobody notices, or more wait to be read, the usual cost will do.
 
     Args:
         max_stall: how many times as long a step with a chunk of a prompt may take; 0 is no limit.
@@ -48,12 +48,13 @@ class Pacing:
             return None
         if self._num_unseen >= LOOK_EVERY:
             return 0
-        decode_s, token_s = median(self._decode_s), self._slow_token_s()
-        if not decode_s or not token_s:  # a clock may stand still
+        decode_s, usual_s, slow_s = median(self._decode_s), self._token_s_at(1 / 2), self._token_s_at(3 / 4)
+        if not decode_s or not usual_s:  # a clock may stand still
             return FIRST_CHUNK
         share = max(1.0, num_reading / num_decoding)
-        longer_s = max(share * (self._max_stall - 1) * decode_s, UNNOTICED_S - decode_s)
-        return max(LEAST_CHUNK, int(longer_s / token_s))
+        unstalled = share * (self._max_stall - 1) * decode_s / (slow_s if share == 1 else usual_s)
+        unnoticed = (UNNOTICED_S - decode_s) / usual_s
+        return max(LEAST_CHUNK, int(max(unstalled, unnoticed)))
 
     def learn(self, schedule: Schedule, seconds: float) -> None:
         """Note how long a step took."""
@@ -69,7 +70,7 @@ class Pacing:
         elif self._decode_s:
             self._token_s.append(max(seconds - median(self._decode_s), 0.1 * seconds) / num_read)
 
-    def _slow_token_s(self) -> float:
-        """What a token costs in one of the slower steps; where nobody decoded, chunks are long and tokens cost less."""
+    def _token_s_at(self, place: float) -> float:
+        """What a token costs in the step at a place between the quickest, 0, and the slowest, 1, of the last ones."""
         costs = sorted(self._token_s)
-        return costs[len(costs) * 3 // 4] if costs else self._alone_s
+        return costs[int(len(costs) * place)] if costs else self._alone_s
