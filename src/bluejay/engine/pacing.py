@@ -19,9 +19,10 @@ class Pacing:
     """Watches how long steps take, and cuts prompts so that no step is much longer than one that only decodes.
 
     Steps of one kind differ, by what else the machine does. So what a step without prompts takes is a median, which one
-    slow step does not raise. And where sequences would stall, a token of a prompt is taken to cost what it did in one of
-    the slower of the last steps: by their average, half of them would last longer than they may. The slowest is left
-    out, as it may have been held up by others. Where nobody notices, or more wait to be read, the usual cost will do.
+    slow step does not raise. And where sequences would stall, a token of a prompt is taken to cost what it did in one
+    of the slower of the last steps: by their average, half of them would last longer than they may. The slowest is
+    left out, as it may have been held up by others. Where nobody notices, or more wait to be read, the usual cost will
+    do.
 
     Args:
         max_stall: how many times as long a step with a chunk of a prompt may take; 0 is no limit.
