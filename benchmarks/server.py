@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -146,9 +147,11 @@ def _served() -> Iterator[str]:
             "XDG_DATA_HOME": folder,
             "BLUEJAY_CONFIG": str(home / "config.toml"),
         }
-        command = [sys.executable, "-m", "bluejay", "serve", "--port", "0", "--grpc-port", "-1", "--ready-file", ready]
+        command = [sys.executable, "-m", "bluejay", "serve", "--port", "0", "--grpc-port", "-1", "--ready-file"]
         with (home / "log.txt").open("wb") as log:
-            process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            process = subprocess.Popen(
+                [*command, str(ready)], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
         try:
             until = time.monotonic() + READY_S
             while not ready.exists():
@@ -206,18 +209,19 @@ class _Reader(asyncio.Protocol):
             self.done.set_exception(error or EOFError("the server closed the connection"))
 
 
+def _same(reader: _Reader) -> _Reader:
+    return reader
+
+
 async def _load(url: str) -> tuple[float, list[float]]:
     """All streams at once: seconds until the last has ended, and each one's time to its first token."""
     address = urlsplit(url)
     loop = asyncio.get_running_loop()
-    readers = [
-        (
-            await loop.create_connection(
-                lambda prompt=prompt: _Reader(address.netloc, prompt), address.hostname, address.port
-            )
-        )[1]
-        for prompt in prompts()
-    ]
+    readers = []
+    for prompt in prompts():
+        reader = _Reader(address.netloc, prompt)
+        await loop.create_connection(partial(_same, reader), address.hostname or "", address.port or 0)
+        readers.append(reader)
     began = time.perf_counter()
     for reader in readers:
         reader.send()

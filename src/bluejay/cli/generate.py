@@ -105,6 +105,15 @@ def generate(
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Above 1 avoids repeats.", rich_help_panel=REPEATS)
     ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="Taken off a logit for each time that its token came.", rich_help_panel=REPEATS)
+    ] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Taken off once its token came at all.", rich_help_panel=REPEATS)
+    ] = None,
+    logit_bias: Annotated[
+        str | None, typer.Option(help='Added to logits, as JSON: {"50256": -100}.', rich_help_panel=REPEATS)
+    ] = None,
     no_repeat_ngram_size: Annotated[
         int | None, typer.Option(help="No n-gram of this size twice.", rich_help_panel=REPEATS)
     ] = None,
@@ -236,11 +245,14 @@ def _parsed(options: dict[str, Any]) -> dict[str, Any]:
     if "early_stopping" in options:
         text = options["early_stopping"]
         options["early_stopping"] = {"true": True, "false": False}.get(text.lower(), text)
-    if "bad_words_ids" in options:
-        try:
-            options["bad_words_ids"] = json.loads(options["bad_words_ids"])
-        except ValueError as error:
-            raise InvalidRequest(f"bad_words_ids is no JSON: {error}", param="bad_words_ids") from None
+    for name in ("bad_words_ids", "logit_bias"):
+        if name in options:
+            try:
+                options[name] = json.loads(options[name])
+            except ValueError as error:
+                raise InvalidRequest(f"{name} is no JSON: {error}", param=name) from None
+    if isinstance(bias := options.get("logit_bias"), dict):  # JSON's keys are texts
+        options["logit_bias"] = {int(token) if token.isdecimal() else token: one for token, one in bias.items()}
     return options
 
 

@@ -151,6 +151,8 @@ def _models(
     """What is offered: by the command line; else by [models.NAME] of the settings file; else the settings' model."""
     from bluejay.server.options import ModelOptions
 
+    if not named and tables and (names or draft):
+        raise ConfigError("--name and --draft are for models that the command line names; [models.NAME] has its own")
     if not named and tables:
         return [_table_model(name, table) for name, table in tables.items()]
     offered = []
@@ -164,12 +166,22 @@ def _models(
     return offered
 
 
+def _are_texts(table: dict[str, Any]) -> bool:
+    aliases = table.get("aliases", [])
+    return isinstance(aliases, list) and all(isinstance(alias, str) for alias in aliases)
+
+
 def _table_model(name: str, table: Any) -> ModelOptions:
     from bluejay.server.options import ModelOptions
     from bluejay.server.sampling import sampling_params
 
     known = {"source", "aliases", "defaults", "draft"}
-    if not isinstance(table, dict) or set(table) - known or not isinstance(table.get("source"), str):
+    if (
+        not isinstance(table, dict)
+        or set(table) - known
+        or not isinstance(table.get("source"), str)
+        or not _are_texts(table)
+    ):
         raise ConfigError(f"[models.{name}]: expected source = PATH OR NAME, and perhaps aliases, defaults, draft")
     sampling_params(table.get("defaults"))  # what is wrong with them is to be said now, not to each caller
     return ModelOptions(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -103,7 +104,9 @@ class SamplingParams:
         if not problems:  # how options go together is only asked of options that are right by themselves
             problems = list(_wrong_combinations(self))
         if problems:
-            text = "; ".join(f"{name} is {getattr(self, name)!r}, {expected}" for name, expected in problems)
+            text = "; ".join(
+                f"{name} is {reprlib.repr(getattr(self, name))}, {expected}" for name, expected in problems
+            )
             raise InvalidRequest(text, param=problems[0][0])
         for name in _NUMBERS:
             value = getattr(self, name)
@@ -179,7 +182,12 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all others
+        return False
 
 
 def _wrong_values(params: SamplingParams) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ must be there and no other may: two sides of different versions part at once, an
 
 from __future__ import annotations
 
+import reprlib
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -327,7 +328,7 @@ def _reader(hint: Any) -> Read:
 def _expect(admits: Callable[[Any], bool], expected: str) -> Read:
     def read(value: Any) -> Any:
         if not admits(value):
-            raise ProtocolError(f"{value!r:.80} came, expected {expected}")
+            raise ProtocolError(f"{reprlib.repr(value)} came, expected {expected}")
         return value
 
     return read
@@ -339,7 +340,7 @@ def _exactly(kind: type[Any]) -> Read:
     def read(value: Any) -> Any:
         if type(value) is kind:
             return value
-        raise ProtocolError(f"{value!r:.80} came, expected {kind.__name__}")
+        raise ProtocolError(f"{reprlib.repr(value)} came, expected {kind.__name__}")
 
     return read
 
@@ -369,9 +370,14 @@ def _row_reader(readers: tuple[Read, ...]) -> Read:
 def _union_reader(kinds: tuple[Any, ...]) -> Read:
     readers = [_reader(kind) for kind in kinds if kind is not NoneType]
 
+    # Tables are dataclasses and never rows: to try would cost more than to read, and who waits is the server's loop.
+    of_tables = [_reader(kind) for kind in kinds if kind is not NoneType and get_origin(kind) is not tuple]
+
     def read(value: Any) -> Any:
         if value is None and NoneType in kinds:
             return None
+        if type(value) is dict and len(of_tables) == 1:
+            return of_tables[0](value)
         for one in readers[:-1]:
             try:
                 return one(value)

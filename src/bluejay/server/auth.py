@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 from bluejay.accounts.keys import digest_of, is_same
 from bluejay.accounts.plans import Plan
 from bluejay.accounts.records import KeyRecord
-from bluejay.errors import Forbidden, Unauthenticated
+from bluejay.errors import Forbidden, StoreError, Unauthenticated
 from bluejay.server.options import is_loopback
 
 REMEMBERED_S = 5.0  # a revoked key works so long, at most; a database that is away does not stop the others at once
@@ -157,7 +158,8 @@ class Door:
         assert self._keys is not None
         record = self._keys.find_key(digest)
         if record is not None:
-            self._keys.touch_key(record.id, datetime.now(UTC))
+            with suppress(StoreError):  # a database that only reads opens the door all the same
+                self._keys.touch_key(record.id, datetime.now(UTC))
         return record
 
 

@@ -51,6 +51,8 @@ Render = Callable[[Failure], Any]
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,39}")
+MAX_FIELDS = 256  # of a body; to find out that each of a million is none takes seconds
+MAX_TABLE = 2048  # entries of a table within it
 MAX_TOLD = 8  # problems of one body; the first ones are what helps
 
 _names = random.Random()  # drawn from the system once, not for each request: ids are to be told apart, not kept secret
@@ -483,6 +485,7 @@ def _finite(text: str) -> float:
 
 def checked(kind: type[Body], value: Any) -> Body:
     """The value as a pydantic model. Raises: InvalidRequest with everything that is wrong; its param is the first."""
+    _bound_fields(value)
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -492,6 +495,16 @@ def checked(kind: type[Body], value: Any) -> Body:
             told.append(f"and {len(problems) - MAX_TOLD:,} more")
         first = problems[0]["loc"]
         raise InvalidRequest("; ".join(told), str(first[0])[:100] if first else None) from None
+
+
+def _bound_fields(value: Any) -> None:
+    if not isinstance(value, dict):
+        return
+    if len(value) > MAX_FIELDS:
+        raise InvalidRequest(f"the body has {len(value):,} fields, expected at most {MAX_FIELDS}")
+    for name, one in value.items():
+        if isinstance(one, dict) and len(one) > MAX_TABLE:
+            raise InvalidRequest(f"{name[:100]} has {len(one):,} entries, expected at most {MAX_TABLE:,}", name[:100])
 
 
 def _place(loc: tuple[int | str, ...]) -> str:

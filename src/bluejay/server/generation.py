@@ -151,7 +151,8 @@ class Service:
         await self._recall(caller.principal.project_id)
         prompts = await self.encode(tokenizer, [item.prompt for item in asked.items], facts.n_positions)
         self._bound_tokens(asked.items, prompts, facts.n_positions)
-        return Run(self, caller, asked, prompts)
+        asked.model.opened()  # it may have gone meanwhile, and a run holds places
+        return Run(self, caller, asked, prompts, tokenizer)
 
     async def _recall(self, project_id: str | None) -> None:
         """Count what a project spent today before this server began; once, whoever asks first."""
@@ -246,7 +247,10 @@ class Run:
         usages: of prompts that have ended, by their place.
     """
 
-    def __init__(self, service: Service, caller: Caller, asked: Asked, prompts: list[list[int]]) -> None:
+    def __init__(
+        self, service: Service, caller: Caller, asked: Asked, prompts: list[list[int]], tokenizer: Tokenizer
+    ) -> None:
+        self._tokenizer = tokenizer
         self.caller = caller
         self.asked = asked
         self.prompts = prompts
@@ -331,7 +335,7 @@ class Run:
     def prompt_text(self, place: int) -> str:
         """A prompt as text; decoded where it came as token ids."""
         prompt = self.asked.items[place].prompt
-        return prompt if isinstance(prompt, str) else self.asked.model.opened()[0].decode(prompt)
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
     def note_filtered(self, place: int, rule: str, action: str, text: str) -> None:
         """Count and log what a filter found, without the text; keep it for review where that is wanted."""

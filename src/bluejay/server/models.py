@@ -86,6 +86,11 @@ class ServedModel:
         return self.options.name
 
     @property
+    def wanted(self) -> bool:
+        """Whether it is to be there: nobody has unloaded it."""
+        return self._wanted
+
+    @property
     def ready(self) -> bool:
         """Whether it takes requests."""
         return self._wanted and self.tokenizer is not None and self.engine.ready
@@ -143,7 +148,8 @@ class ServedModel:
             return self.tokenizer, self.facts
         if not self._wanted:
             raise Stopped(f"{self.name} was unloaded; an administrator can load it again")
-        failed = self._starting is not None and self._starting.done() and self.tokenizer is None
+        starting = self._starting
+        failed = starting is not None and starting.done() and (starting.cancelled() or starting.exception() is not None)
         if failed or (self.state.phase is Phase.STOPPED and self.tokenizer is not None):
             raise Stopped(f"{self.name} could not be loaded; the server's log says why")
         raise Overloaded(f"{self.name} is not ready; try again soon", 2.0)
@@ -183,7 +189,7 @@ class Models:
     @property
     def ready(self) -> bool:
         """Whether every model that is wanted is ready."""
-        return all(model.ready or not model._wanted for model in self._models) and any(m.ready for m in self._models)
+        return all(model.ready or not model.wanted for model in self._models) and any(m.ready for m in self._models)
 
     def find(self, name: str | None, *, any_id: bool = False) -> ServedModel:
         """The model of a name; None is the only one.

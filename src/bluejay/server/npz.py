@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import struct
 import sys
 import zipfile
 import zlib
@@ -20,7 +21,20 @@ NPY = b"\x93NUMPY"
 HEADER = re.compile(
     rb"\{\s*'descr':\s*'([^']{1,40})',\s*'fortran_order':\s*(True|False),\s*'shape':\s*\(([0-9, ]{0,200})\),?\s*\}\s*"
 )
-TEXT = re.compile(r"[<>]U[1-9][0-9]{0,8}")
+TEXT = re.compile(r"[<>]U[1-9][0-9]{0,7}")
+# What zipfile, zlib and NumPy say to bytes that are none of theirs.
+BROKEN = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def is_npz(data: bytes) -> bool:
@@ -40,7 +54,7 @@ def read_texts(data: bytes, *, max_texts: int, max_bytes: int) -> list[str]:
     try:
         for name, array in _arrays(data, max_texts, max_bytes):
             texts += _texts(name, array, max_texts - len(texts))
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+    except BROKEN as error:
         raise InvalidRequest(f"the data is no valid .npz file: {str(error)[:200]}", "data") from None
     return texts
 
@@ -60,7 +74,16 @@ def _arrays(data: bytes, max_arrays: int, max_bytes: int) -> Iterator[tuple[str,
                 f"the data is packed by method {odd[0].compress_type}, expected none or deflate", "data"
             )
         for file in sorted(files, key=_place):
-            yield file.filename[:100], archive.read(file)
+            yield file.filename[:100], _unpack(archive, file)
+
+
+def _unpack(archive: zipfile.ZipFile, file: zipfile.ZipInfo) -> bytes:
+    """A file's bytes, as many as the list says: it is the sender's, and more would come if one asked for all."""
+    with archive.open(file) as packed:
+        data = packed.read(file.file_size)
+        if len(data) < file.file_size or packed.read(1):
+            raise ValueError(f"{file.filename[:100]!r} is not of the length that the archive's list tells")
+    return data
 
 
 def _place(file: zipfile.ZipInfo) -> tuple[int, int]:

@@ -105,8 +105,17 @@ class ServerOptions:
             for name in _SECONDS
             if type(getattr(self, name)) not in (int, float) or not getattr(self, name) > 0
         ]
+        problems += [
+            f"{name} is {getattr(self, name)!r}, expected true or false"
+            for name in ("insecure", "strict_names", "keep_flagged", "kserve_always_nested")
+            if type(getattr(self, name)) is not bool
+        ]
         ports = [self.port] if self.grpc_port is None else [self.port, self.grpc_port]
-        problems += [f"port {port} is none, expected 0 to 65535" for port in ports if not 0 <= port <= 65535]
+        problems += [
+            f"port {port!r} is none, expected 0 to 65535"
+            for port in ports
+            if type(port) is not int or not 0 <= port <= 65535
+        ]
         if self.baseten_failed not in ("failed", "error"):
             problems.append(f"baseten_failed is {self.baseten_failed!r}, expected failed or error")
         if problems:

@@ -7,10 +7,18 @@ from dataclasses import fields
 from typing import Any
 
 from bluejay.decoding.params import SamplingParams
-from bluejay.errors import InvalidRequest
+from bluejay.errors import InvalidRequest, UnsupportedOption
 
 # Hugging Face's names of what a caller may choose.
 OPTIONS: tuple[str, ...] = tuple(field.name for field in fields(SamplingParams))
+NOT_TOLD = ("logprobs", "prompt_logprobs")  # most protocols' answers have no place for them
+
+
+def refuse_untold(values: Mapping[str, Any]) -> None:
+    """Raises: UnsupportedOption for what the answers of a protocol cannot tell."""
+    for name in NOT_TOLD:
+        if values.get(name) is not None:
+            raise UnsupportedOption(f"{name} is not told in this API; use /v1/completions for it", name)
 
 
 def sampling_params(*layers: Mapping[str, Any] | None) -> SamplingParams:
@@ -26,4 +34,10 @@ def sampling_params(*layers: Mapping[str, Any] | None) -> SamplingParams:
             f"unknown option {', '.join(repr(name[:100]) for name in unknown[:8])}; there are: {', '.join(OPTIONS)}",
             unknown[0][:100],
         )
+    if isinstance(values.get("logit_bias"), Mapping):  # in JSON the keys of a table are texts
+        values["logit_bias"] = {_token_id(token): bias for token, bias in values["logit_bias"].items()}
     return SamplingParams(**values)
+
+
+def _token_id(token: Any) -> Any:
+    return int(token) if isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 10 else token

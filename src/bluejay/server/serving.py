@@ -23,7 +23,7 @@ from bluejay.accounts.plans import Plan
 from bluejay.accounts.store import Store
 from bluejay.engine.client import EngineClient
 from bluejay.engine.options import EngineOptions
-from bluejay.errors import ConfigError
+from bluejay.errors import ConfigError, Stopped
 from bluejay.server.app import create_app
 from bluejay.server.auth import Door
 from bluejay.server.call import House, Life
@@ -177,7 +177,7 @@ class Server:
             for model in self.models:
                 stack.push_async_callback(model.close)
             stack.push_async_callback(self.house.jobs.close)
-            loading = asyncio.gather(*(model.begin() for model in self.models))
+            loading = asyncio.gather(*(_loaded(model) for model in self.models))
             ending = asyncio.create_task(self._asked_to_end.wait())
             first: set[asyncio.Future[Any]] = {loading, ending, serving}
             await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
@@ -224,13 +224,17 @@ class Server:
         while loop.time() < farewell_s and not self.house.life.hurried:
             await asyncio.sleep(0.02)
         http.should_exit = True
+        await asyncio.sleep(0.2)  # uvicorn looks ten times a second; behind this nobody comes any more
         stopping = None if self._grpc is None else asyncio.create_task(self._grpc.stop(deadline_s - loop.time()))
-        while self.service.running and loop.time() < deadline_s and not self.house.life.hurried:
+        # Tasks are requests too: those whose bodies or tokens are still being read.
+        while (self.service.running or http.server_state.tasks) and loop.time() < deadline_s:
+            if self.house.life.hurried:
+                break
             await asyncio.sleep(0.02)
         if self.service.running:
             _log.warning("ending with %d requests unfinished", len(self.service.running))
-        elif stopping is not None and not self.house.life.hurried:
-            await stopping
+        while stopping is not None and not stopping.done() and not self.house.life.hurried:
+            await asyncio.wait([stopping], timeout=0.05)
 
 
 class _Http(uvicorn.Server):
@@ -241,6 +245,15 @@ class _Http(uvicorn.Server):
         from contextlib import nullcontext
 
         return nullcontext()
+
+
+async def _loaded(model: ServedModel) -> None:
+    """Load a model. What an administrator unloads meanwhile is no failure. Raises: what is wrong with it."""
+    try:
+        await model.begin()
+    except (asyncio.CancelledError, Stopped):
+        if model.wanted:
+            raise
 
 
 async def _finish(http: uvicorn.Server, serving: asyncio.Task[None]) -> None:

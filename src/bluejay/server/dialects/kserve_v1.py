@@ -20,7 +20,7 @@ from bluejay.server.auth import Access
 from bluejay.server.call import Dialect, House, TheCall, access, documented, route_class
 from bluejay.server.errors import Failure, NotServed
 from bluejay.server.generation import Item
-from bluejay.server.sampling import sampling_params
+from bluejay.server.sampling import refuse_untold, sampling_params
 
 # What the hosted predictor took where a query said nothing; 50 tokens were the model config's.
 DEFAULTS = {"do_sample": True, "max_length": 50, "min_length": 1, "temperature": 1.0, "repetition_penalty": 1.125}
@@ -31,7 +31,7 @@ class Predict(BaseModel):
 
     model_config = ConfigDict(extra="ignore")  # clients of the standard add what other predictors read
 
-    instances: list[StrictStr] = Field(min_length=1, description="Texts to go on from.")
+    instances: list[StrictStr] = Field(min_length=1, fail_fast=True, description="Texts to go on from.")
     parameters: dict[str, Any] = Field(
         default_factory=dict,
         description="Options of Hugging Face's generate, in any case: min_length, max_length (both count the text), "
@@ -74,6 +74,7 @@ async def predict(call: TheCall) -> Response:
     chosen = {key.lower(): value for key, value in asked.parameters.items()}
     if len(chosen) < len(asked.parameters):
         raise InvalidRequest("parameters names an option twice, in different cases", "parameters")
+    refuse_untold(chosen)
     params = sampling_params(DEFAULTS, call.house.options.kserve_defaults, model.options.defaults, chosen)
     run = await call.begin(model, [Item(text, params) for text in asked.instances], asked_model=name)
     outputs = await call.finish(run)

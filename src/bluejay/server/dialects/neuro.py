@@ -32,12 +32,11 @@ from bluejay.server.models import ServedModel
 from bluejay.server.multipart import is_form, read_form
 from bluejay.server.npz import is_npz, read_texts
 from bluejay.server.options import ServerOptions
-from bluejay.server.sampling import sampling_params
+from bluejay.server.sampling import refuse_untold, sampling_params
 
 # The model's config: it draws, and 50 tokens with the prompt are its default.
 DEFAULTS = {"do_sample": True, "max_length": 50}
 OWN_NAMES = {"penalty": "repetition_penalty", "response_length": "max_new_tokens"}
-NOT_TOLD = ("logprobs", "prompt_logprobs")  # an answer here has no place for them
 OPEN_PROJECT = "0" * 24
 MAX_NAMES = 16  # that one upload may have
 HASH = re.compile(r"[0-9a-fA-F]{32}")  # MD5
@@ -360,9 +359,7 @@ def _params(model: ServedModel, chosen: dict[str, Any] | None) -> tuple[Sampling
             if values.get(ours) not in (None, value):
                 raise InvalidRequest(f"{theirs} and {ours} are the same option, with different values", theirs)
             values[ours] = value
-    for name in NOT_TOLD:
-        if values.get(name) is not None:
-            raise UnsupportedOption(f"{name} is not told in this API; use /v1/completions for it", name)
+    refuse_untold(values)
     return sampling_params(DEFAULTS, model.options.defaults, values), bool(remove_input)
 
 

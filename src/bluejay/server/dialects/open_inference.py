@@ -46,6 +46,8 @@ from bluejay.server.errors import Failure, NotServed, TooLarge
 from bluejay.server.generation import Run
 from bluejay.server.models import ServedModel
 
+MAX_TENSORS = 256  # of a request
+
 HEADER_LENGTH = "Inference-Header-Content-Length"  # bytes of JSON before the binary tensors
 OBJECT = {"type": "object"}
 
@@ -82,8 +84,10 @@ class Infer(BaseModel):
     parameters: dict[str, Any] | None = Field(
         None, description="Options of Hugging Face's generate; exclude_prompt, binary_data_output."
     )
-    inputs: list[Input]
-    outputs: list[Output] | None = Field(None, description="None: the answer's text alone.")
+    inputs: list[Input] = Field(max_length=MAX_TENSORS, fail_fast=True)
+    outputs: list[Output] | None = Field(
+        None, max_length=MAX_TENSORS, fail_fast=True, description="None: the answer's text alone."
+    )
 
 
 class Generate(BaseModel):
@@ -226,8 +230,8 @@ async def infer(call: TheCall) -> Response:
     if inference.stream:
         raise UnsupportedOption("stream is true, and infer answers once; generate_stream and gRPC stream", "stream")
     binary = {output.name: _is_binary(output, all_binary) for output in outputs}
-    run = await call.begin(model, inference.items, asked_model=call.request.path_params["model"])
     tokenizer, _ = model.opened()
+    run = await call.begin(model, inference.items, asked_model=call.request.path_params["model"])
     tensors = answer_tensors(inference, await call.finish(run), tokenizer)
     return _reply(
         call, model, _head(asked, model), tensors, [binary.get(tensor.name, all_binary) for tensor in tensors]
@@ -240,8 +244,8 @@ async def generate(call: TheCall) -> Response:
     model, asked, inference = await _generate(call)
     if inference.stream:
         raise InvalidRequest("stream is true, and this call answers once; use generate_stream", "stream")
-    run = await call.begin(model, inference.items, asked_model=call.request.path_params["model"])
     tokenizer, _ = model.opened()
+    run = await call.begin(model, inference.items, asked_model=call.request.path_params["model"])
     tensors = answer_tensors(inference, await call.finish(run), tokenizer)
     told = {tensor.name: tensor.values[0] if len(tensor.values) == 1 else tensor.values for tensor in tensors}
     return call.reply({**_head(asked, model), **told}, headers={"X-Served-Model": model.name})

@@ -306,8 +306,8 @@ async def _model_infer(call: GrpcCall, asked: Any) -> Mapping[str, Any]:
     inference = _inference(asked, parameters, model)
     if inference.stream:
         raise UnsupportedOption("stream is true, and ModelInfer answers once; use ModelStreamInfer", "stream")
-    run = await call.begin(model, inference, asked.model_name)
     tokenizer, _ = model.opened()
+    run = await call.begin(model, inference, asked.model_name)
     return _answer(model, asked, answer_tensors(inference, await call.finish(run), tokenizer), raw)
 
 
@@ -323,6 +323,7 @@ async def _stream_infer(call: GrpcCall, asked: Any) -> AsyncGenerator[Mapping[st
     inference = _inference(asked, parameters, model)
     if inference.stream:
         check_stream(inference)
+    tokenizer, _ = model.opened()
     run = await call.begin(model, inference, asked.model_name)
     if inference.stream:
         async with aclosing(_pieces(call, run, inference)) as pieces:
@@ -332,7 +333,6 @@ async def _stream_infer(call: GrpcCall, asked: Any) -> AsyncGenerator[Mapping[st
                     marks["index"] = {"int64_param": index}
                 yield _answer(model, asked, tensors, raw, marks)
     else:
-        tokenizer, _ = model.opened()
         tensors = answer_tensors(inference, await call.finish(run), tokenizer)
         yield _answer(model, asked, tensors, raw, {"triton_final_response": {"bool_param": not empty_end}})
     if empty_end:

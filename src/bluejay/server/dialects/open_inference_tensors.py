@@ -25,7 +25,7 @@ from bluejay.decoding.params import SamplingParams
 from bluejay.engine.request import GenerationEvent, RequestOutput
 from bluejay.errors import InvalidRequest, UnsupportedOption
 from bluejay.server.generation import Item, Prompt
-from bluejay.server.sampling import OPTIONS, sampling_params
+from bluejay.server.sampling import OPTIONS, refuse_untold, sampling_params
 from bluejay.tokenizer import Tokenizer
 
 PROMPT_NAME = re.compile(r"(text|input|prompt)s?([_-]*(text|input|prompt)s?)?[_-]*\d{0,3}", re.IGNORECASE)
@@ -168,6 +168,7 @@ def read_options(
     for name in FLAGS:
         if not isinstance(named.get(name), bool | None):
             raise InvalidRequest(f"{name} is {str(named[name])[:80]!r}, expected true or false", name)
+    refuse_untold(named)
     exclude_prompt, stream = (named.pop(name, None) for name in FLAGS)
     return (exclude_prompt, stream), sampling_params(defaults, named)
 
@@ -227,7 +228,7 @@ def parsed(name: str, text: str) -> Any:
     """An option that travels as text, in the type that the option has; the text itself where it is none of it."""
     kind = _KINDS.get(ALIASES.get(name, name), "bool" if ALIASES.get(name, name) in FLAGS else "str")
     with suppress(ValueError, RecursionError):
-        if "str" not in kind and "Sequence" in kind:
+        if "str" not in kind and ("Sequence" in kind or "Mapping" in kind):
             return json.loads(text)
         if "bool" in kind and text.lower() in ("true", "false"):
             return text.lower() == "true"

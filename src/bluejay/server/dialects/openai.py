@@ -18,7 +18,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from bluejay.decoding.params import SamplingParams
-from bluejay.errors import InvalidRequest, RequestError, UnsupportedOption
+from bluejay.errors import ContextLengthExceeded, InvalidRequest, RequestError, UnsupportedOption
 from bluejay.server import sse
 from bluejay.server.auth import Access
 from bluejay.server.call import Dialect, House, TheCall, access, documented, route_class
@@ -26,6 +26,7 @@ from bluejay.server.dialects.openai_answers import Completion
 from bluejay.server.dialects.openai_bodies import CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from bluejay.server.errors import Failure, NoSuchThing
 from bluejay.server.generation import Item
+from bluejay.tokenizer import Tokenizer
 
 # Kinds of errors by status, as OpenAI names them; its client raises a class for each status.
 TYPES = {
@@ -95,8 +96,9 @@ async def completions(call: TheCall) -> Response:
     body.check()
     params = body.params(model.options.defaults)
     items = [Item(prompt, params, reads_only=body.reads_only, cut=not body.max_tokens) for prompt in body.prompt]
+    tokenizer, _ = model.opened()  # before a place is taken: it may fail
     run = await call.begin(model, items, asked_model=body.model)
-    answer = Completion(body, run, model.opened()[0])
+    answer = Completion(body, run, tokenizer)
     headers = {"X-Served-Model": model.name}
     if not body.stream:
         return call.reply(answer.whole(await call.finish(run)), headers=headers)
@@ -148,11 +150,19 @@ async def tokenize(call: TheCall) -> Response:
     """In vLLM's form."""
     body = await call.read(TokenizeBody)
     tokenizer, facts = call.find(body.model).opened()
+    if len(body.prompt) > (most := facts.n_positions * tokenizer.longest_token_bytes):
+        raise ContextLengthExceeded(
+            f"the prompt has {len(body.prompt):,} characters, expected at most {most:,}", "prompt"
+        )
     [tokens] = await call.house.service.tokenise(tokenizer, [body.prompt])
-    spelled = [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+    spelled = await asyncio.to_thread(_spelled, tokenizer, tokens) if body.return_token_strs else None
     return call.reply(
         {"count": len(tokens), "max_model_len": facts.n_positions, "tokens": tokens, "token_strs": spelled}
     )
+
+
+def _spelled(tokenizer: Tokenizer, tokens: list[int]) -> list[str | None]:
+    return [tokenizer.token_text(token) for token in tokens]
 
 
 @access(Access.USER)
