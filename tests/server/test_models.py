@@ -90,3 +90,18 @@ def test_who_loads_while_it_is_unloaded_begins_anew() -> None:
         assert model.engine is second
 
     asyncio.run(scenario())
+
+
+def test_one_whose_files_are_gone_is_not_promised_again() -> None:
+    async def scenario() -> None:
+        model = served(first := FakeEngine(), second := FakeEngine(CheckpointError("gone")))
+        first.may_start.set()
+        await model.load()
+        await model.unload()
+        second.may_start.set()
+        with pytest.raises(CheckpointError):
+            await model.load()
+        with pytest.raises(Stopped, match="could not be loaded"):
+            model.opened()
+
+    asyncio.run(scenario())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import tracemalloc
 import zipfile
 from typing import Any
 
@@ -93,14 +94,6 @@ def test_traps_are_refused(data: bytes, message: str | None) -> None:
         read(data)
 
 
-def test_a_size_that_is_a_lie_unpacks_no_more_than_it_says() -> None:
-    data = bytearray(packed("0.npy", bytes(2 << 20)))
-    place = data.rindex(b"PK\x01\x02")
-    data[place + 24 : place + 28] = (100).to_bytes(4, "little")
-    with pytest.raises(InvalidRequest):
-        read(bytes(data))
-
-
 def test_damage_is_an_error_of_the_request_or_none() -> None:
     whole, chance = saved(np.array(["some text", "and more"]), np.array("third")), random.Random(0)
     for _ in range(500):
@@ -112,3 +105,19 @@ def test_damage_is_an_error_of_the_request_or_none() -> None:
         except InvalidRequest:
             continue
         assert all(isinstance(text, str) for text in texts)
+
+
+def test_an_archive_that_lies_about_its_size_is_unpacked_no_further_than_it_says() -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.npy", bytes(100 * 2**20))
+    data = bytearray(packed.getvalue())
+    entry = data.rindex(b"PK\x01\x02")
+    data[entry + 24 : entry + 28] = (100).to_bytes(4, "little")  # the unpacked size, as the archive's list has it
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest):
+            read_texts(bytes(data), max_texts=10, max_bytes=2**20)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()

@@ -1,0 +1,47 @@
+"""From callers' options to sampling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bluejay.errors import InvalidRequest, UnsupportedOption
+from bluejay.server.sampling import refuse_untold, sampling_params
+
+
+def test_later_layers_count_and_none_says_nothing() -> None:
+    params = sampling_params({"max_length": 50, "do_sample": True}, None, {"max_length": 9, "do_sample": None})
+    assert (params.max_length, params.do_sample) == (9, True)
+
+
+def test_unknown_options_are_named_with_those_that_there_are() -> None:
+    with pytest.raises(InvalidRequest, match=r"'colour', 'size'; there are: max_length") as refused:
+        sampling_params({"size": 1, "colour": 2})
+    assert refused.value.param == "colour"
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("inf"), "1", True, [1]])
+@pytest.mark.parametrize("name", ["temperature", "max_time", "length_penalty"])
+def test_numbers_that_are_none_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=name) as refused:
+        sampling_params({name: value})
+    assert len(str(refused.value)) < 300
+
+
+def test_a_long_wrong_value_is_not_told_back_whole() -> None:
+    with pytest.raises(InvalidRequest, match="stop is") as refused:
+        sampling_params({"stop": [1] * 100_000})
+    assert len(str(refused.value)) < 300
+
+
+def test_token_ids_may_be_texts_as_json_has_them() -> None:
+    assert sampling_params({"logit_bias": {"7": -100, 8: 1.5}}).logit_bias == {7: -100, 8: 1.5}
+    with pytest.raises(InvalidRequest, match="logit_bias"):
+        sampling_params({"logit_bias": {"seven": 1}})
+
+
+def test_what_an_answer_cannot_tell_is_refused() -> None:
+    refuse_untold({"logprobs": None, "top_k": 3})
+    with pytest.raises(UnsupportedOption, match="prompt_logprobs is not told"):
+        refuse_untold({"prompt_logprobs": 1})
