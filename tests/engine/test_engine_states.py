@@ -97,7 +97,7 @@ def test_whatever_happens_the_books_are_right_and_so_are_the_answers(make_model)
     run_state_machine_as_test(
         Seeded,
         settings=settings(
-            max_examples=75, stateful_step_count=50, deadline=None, derandomize=True, suppress_health_check=checks
+            max_examples=110, stateful_step_count=50, deadline=None, derandomize=True, suppress_health_check=checks
         ),
     )
     assert Seeded.num_steps >= NUM_STEPS
