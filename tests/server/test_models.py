@@ -96,7 +96,7 @@ def test_one_whose_files_are_gone_is_not_promised_again() -> None:
     async def scenario() -> None:
         model = served(first := FakeEngine(), second := FakeEngine(CheckpointError("gone")))
         first.may_start.set()
-        await model.load()
+        await model.begin()
         await model.unload()
         second.may_start.set()
         with pytest.raises(CheckpointError):
