@@ -99,6 +99,13 @@ def test_data_that_is_there_is_not_uploaded_again(answers: Answers) -> None:
     assert second["id"] != first["id"]
 
 
+def test_data_of_a_loader_go_in_chunks(answers: Answers) -> None:
+    texts = _texts(returned(answers, "not deployed: a loader")["result"])
+    assert [text.startswith(begin) for text, begin in zip(texts, ("One day", "A fox", "A bird"), strict=True)] == [
+        True
+    ] * 3
+
+
 def test_a_task_may_be_waited_for_later(answers: Answers) -> None:
     task = returned(answers, "not deployed: asynchronous")
     assert [text[:3] for text in _texts(task["result"])] == ["One", "A f"]

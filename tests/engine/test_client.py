@@ -228,6 +228,32 @@ def test_an_answer_too_large_to_be_sent_is_refused(run: Run, client: EngineClien
     assert client.ready
 
 
+def test_a_large_answer_keeps_the_loop_free(run: Run, client: EngineClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a worker whose words are still being understood counts as no silent one."""
+    understood = messages.unpack
+
+    def slowly(body: bytes) -> messages.Message:
+        if len(body) > worker_process.LARGE_BYTES:
+            time.sleep(2.0)  # longer than the worker may be silent
+        return understood(body)
+
+    monkeypatch.setattr(messages, "unpack", slowly)
+
+    async def ask() -> float:
+        params = SamplingParams(max_new_tokens=1, prompt_logprobs=100)
+        asked = asyncio.create_task(_output(client, GenerationRequest([5] * 200, params)))
+        longest_s = 0.0
+        while not asked.done():
+            began_s = time.monotonic()
+            await asyncio.sleep(0.01)
+            longest_s = max(longest_s, time.monotonic() - began_s)
+            assert client.ready
+        assert len(asked.result().prompt_logprobs or []) == 200
+        return longest_s
+
+    assert run(ask()) < 1.0
+
+
 def test_who_reads_slowly_holds_nobody_up(run: Run, client: EngineClient) -> None:
     async def ask() -> None:
         slow = client.generate(GenerationRequest(PROMPT, SamplingParams(max_new_tokens=300, ignore_eos=True)))

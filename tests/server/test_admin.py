@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -19,6 +20,7 @@ from bluejay.accounts.plans import PLANS
 from bluejay.accounts.records import KeyRecord, ProjectRecord
 from bluejay.accounts.store import Store
 from bluejay.errors import StoreError, Unauthenticated
+from bluejay.server import auth
 from bluejay.server.auth import Access, Door
 
 PREDICT = "/v1/models/bluejay:predict"
@@ -275,3 +277,34 @@ def test_a_forgotten_key_needs_the_database() -> None:
     door.forget()
     with pytest.raises(StoreError):
         asyncio.run(door.admit(Access.USER, headers))
+
+
+def test_a_database_that_hangs_holds_nobody_whose_key_was_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, answering = Slow(), threading.Event()
+    door = Door(store, PLANS)
+
+    async def scenario() -> None:
+        await door.admit(Access.USER, {"x-api-key": "bj-x"})
+        monkeypatch.setattr(auth, "REMEMBERED_S", 0.0)
+        store.on_look_up = lambda: assert_soon(answering)
+        began_s = time.monotonic()
+        callers = [door.admit(Access.USER, {"x-api-key": "bj-x"}) for _ in range(50)]
+        assert {caller.key_name for caller in await asyncio.gather(*callers)} == {"Ada"}
+        assert (await door.admit(Access.USER, {"x-api-key": "bj-x"})).key_name == "Ada"
+        assert time.monotonic() - began_s < 4 * auth.PATIENCE_S
+        assert store.looked_up == 2  # one question for all of them
+        waiting = asyncio.create_task(door.admit(Access.USER, {"x-api-key": "bj-unknown"}))
+        await asyncio.sleep(2 * auth.PATIENCE_S)
+        assert not waiting.done()
+        store.revoked_at = datetime.now(UTC)
+        answering.set()
+        with pytest.raises(Unauthenticated):
+            await waiting
+        with pytest.raises(Unauthenticated, match="was revoked"):
+            await door.admit(Access.USER, {"x-api-key": "bj-x"})
+
+    asyncio.run(scenario())
+
+
+def assert_soon(event: threading.Event) -> None:
+    assert event.wait(30)

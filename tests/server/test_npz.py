@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import random
 import tracemalloc
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from bluejay.errors import InvalidRequest
-from bluejay.server.npz import read_texts
+from bluejay.server.npz import digest_of_chunks, read_texts
 
 
 def saved(*arrays: Any, **named: Any) -> bytes:
@@ -121,3 +122,17 @@ def test_an_archive_that_lies_about_its_size_is_unpacked_no_further_than_it_says
         assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     finally:
         tracemalloc.stop()
+
+
+def test_chunks_are_named_as_the_client_names_them() -> None:
+    chunks = [(np.array(["a", "b"]), np.arange(3.0)), (np.array(["ccc"]), np.arange(2.0))]
+    columns = [hashlib.md5(b"".join(array.tobytes() for array in column)) for column in zip(*chunks, strict=True)]
+    named = hashlib.md5(b"".join(column.digest() for column in columns)).hexdigest()
+    files = [saved(*chunk) for chunk in chunks]
+    assert digest_of_chunks(files, max_arrays=2, max_bytes=1 << 20) == named
+    with pytest.raises(InvalidRequest, match="more than 1 arrays"):
+        digest_of_chunks(files, max_arrays=1, max_bytes=1 << 20)
+    with pytest.raises(InvalidRequest, match="unpacks to"):  # each chunk alone would fit
+        digest_of_chunks(files, max_arrays=2, max_bytes=300)
+    with pytest.raises(InvalidRequest, match=r"no valid \.npz"):
+        digest_of_chunks([b"PK"], max_arrays=2, max_bytes=1 << 20)

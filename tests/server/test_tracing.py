@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import grpc
 import pytest
 
 from bluejay.errors import ConfigError
+from bluejay.server.dialects.open_inference_messages import MESSAGES, SERVICE
 from bluejay.server.tracing import NO_SPAN, NO_TRACING, OpenTelemetry, asked_for, open_tracing
 
 try:
@@ -141,6 +143,15 @@ def test_a_server_sends_a_span_for_each_request(
 ) -> None:
     env = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}", "OTEL_SERVICE_NAME": "jay"}
     with start_server("--log-json", env=env) as serving:
+        with grpc.insecure_channel(serving.grpc) as channel:
+            call_grpc(channel, "ServerLive", b"")
+            asked = MESSAGES["ModelInferRequest"](model_name="bluejay")
+            asked.inputs.add(name="text_input", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"A fox")
+            call_grpc(channel, "ModelInfer", asked.SerializeToString())
+            with pytest.raises(grpc.RpcError):
+                call_grpc(channel, "ModelInfer", b"nonsense")
+            streamed = channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")(iter(2 * [asked.SerializeToString()]))
+            assert len(list(streamed)) == 2
         with serving.client() as client:
             body = {"instances": ["A hidden bird", "A fox"], "parameters": {"max_length": 12}}
             assert client.post(PREDICT, json=body, headers=PARENT).status_code == 200
@@ -156,14 +167,33 @@ def test_a_server_sends_a_span_for_each_request(
     assert named["service.name"] == "jay"
     spans = [span for resource in resources for scope in resource.scope_spans for span in scope.spans]
     told = [{one.key: one.value for one in span.attributes} for span in spans]
-    assert [values["http.response.status_code"].int_value for values in told] == [200, 400]
-    good = told[0]
+    assert [(span.name.rpartition("/")[2], status(values)) for span, values in zip(spans, told, strict=True)] == [
+        ("ModelInfer", 200),
+        ("ModelInfer", 400),
+        ("ModelStreamInfer", 200),
+        ("ModelStreamInfer", 200),
+        ("{model:path}:predict", 200),
+        ("{model:path}:predict", 400),
+    ]
+    over_grpc, over_http = told[0], told[4]
+    assert over_grpc["bluejay.dialect"].string_value == "open_inference_grpc"
+    assert over_grpc["gen_ai.usage.output_tokens"].int_value > 3
+    good = over_http
     assert good["bluejay.dialect"].string_value == "kserve_v1"
     assert good["gen_ai.response.model"].string_value == "bluejay"
     assert good["bluejay.outcome"].string_value == "completed"
     assert good["gen_ai.usage.input_tokens"].int_value > 3
     assert good["gen_ai.usage.output_tokens"].int_value > 3
-    assert spans[0].parent_span_id.hex() == "b7ad6b7169203331"
+    assert spans[4].parent_span_id.hex() == "b7ad6b7169203331"
+
+
+def call_grpc(channel: grpc.Channel, name: str, message: bytes) -> None:
+    channel.unary_unary(f"/{SERVICE}/{name}")(message, timeout=60, metadata=tuple(PARENT.items()))
+
+
+def status(values: dict[str, Any]) -> int:
+    code: int = values["http.response.status_code"].int_value
+    return code
 
 
 def test_a_collector_that_is_away_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,10 @@ ADDRESS, MODEL, LOAD, ACCOUNTS = "Address", "Models", "Load", "Accounts and logs
 def serve(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL…]", help="Paths or names, or NAME=PATH; the default model if none."),
+        typer.Argument(
+            metavar="[MODEL…]",
+            help="Paths or names, or NAME=PATH, or names of [models.NAME]; the default model if none.",
+        ),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Where to listen.", rich_help_panel=ADDRESS)] = None,
     port: Annotated[int | None, typer.Option(help="0: any free one.", rich_help_panel=ADDRESS)] = None,
@@ -111,6 +114,8 @@ def serve(
     tracing = open_tracing(trace, os.environ)
     set_up_logs(as_json=log_json, level=log_level)
     say = logging.getLogger("bluejay").info if log_json else partial(typer.echo, err=True)
+    if models and (passed_over := sorted(set(tables["models"]) - set(models))):
+        say(f"The settings file has models that the command line does not name: {', '.join(passed_over)}")
     with asyncio.Runner(loop_factory=_fast_loop()) as runner:
         runner.run(_serve(options, offered, settings, tables, journal, ready_file, tracing, say))
 
@@ -148,7 +153,10 @@ def _engine_options(table: dict[str, Any]) -> EngineOptions:
 def _models(
     named: list[str], names: list[str], tables: dict[str, Any], settings: Settings, draft: str | None
 ) -> list[ModelOptions]:
-    """What is offered: by the command line; else by [models.NAME] of the settings file; else the settings' model."""
+    """What is offered: by the command line; else by [models.NAME] of the settings file; else the settings' model.
+
+    The command line may name a table, too.
+    """
     from bluejay.server.options import ModelOptions
 
     if not named and tables and (names or draft):
@@ -157,10 +165,15 @@ def _models(
         return [_table_model(name, table) for name, table in tables.items()]
     offered = []
     for text in named or [settings.model]:
+        if text in tables:
+            offered.append(_table_model(text, tables[text]))
+            continue
         called, is_pair, source = text.partition("=")
         source = source if is_pair else text
         called = called if is_pair else "bluejay" if source == "default" else Path(source).name or source
-        offered.append(ModelOptions(called, source, draft=draft))
+        offered.append(ModelOptions(called, source))
+    if draft:
+        offered = [dataclasses.replace(model, draft=draft) for model in offered]
     if names:
         offered[0] = dataclasses.replace(offered[0], name=names[0], aliases=tuple(names[1:]))
     return offered

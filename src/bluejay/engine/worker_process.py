@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import shutil
 import signal
@@ -28,6 +29,7 @@ CONNECT_TIMEOUT_S = 30.0  # Python's start and the imports without torch: 0.1 s,
 WATCH_S = 0.1  # how often silence is looked for; it is noticed so much too late at most
 STOPPED_SILENCE_S = 0.5  # of a process that the system calls stopped: it will not speak before somebody continues it
 MAX_LINE_CHARS = 2_000
+LARGE_BYTES = 64 * 1024  # of a message; to understand such a one would hold the loop for milliseconds
 POLL_S = 0.01  # a process that starts or ends is asked so often
 
 
@@ -106,7 +108,12 @@ class WorkerProcess:
         except (asyncio.IncompleteReadError, OSError):
             raise EngineError(await self._why_it_ended()) from None
         self._heard_s = time.monotonic()
-        return messages.unpack(body)
+        if len(body) < LARGE_BYTES:
+            return messages.unpack(body)
+        self._heard_s = math.inf  # nobody is silent while what they said is being understood
+        message = await asyncio.to_thread(messages.unpack, body)
+        self._heard_s = time.monotonic()
+        return message
 
     def kill(self, reason: str) -> None:
         """End the process at once; `receive` then raises, and says that the worker did what `reason` says."""

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +23,8 @@ from bluejay.server.options import is_loopback
 REMEMBERED_S = 5.0  # a revoked key works so long, at most; a database that is away does not stop the others at once
 MAX_REMEMBERED = 4096
 MAX_AWAY_S = 600.0  # a key that was right is taken for so long while the database cannot be asked
+PATIENCE_S = 0.25  # a database that thinks for longer counts as away, for keys that were right
+NUM_THREADS = 4  # that ask the store; a database that hangs holds these, and nobody else's
 OPEN_PLAN = Plan("open", None, None, None, None, None)
 
 
@@ -82,6 +85,8 @@ class Door:
         self._open_to_admin = open_to_admin
         self._known: OrderedDict[str, tuple[float, KeyRecord | None]] = OrderedDict()
         self._num_forgotten = 0
+        self._lookups: dict[str, _Lookup] = {}
+        self._threads = ThreadPoolExecutor(NUM_THREADS, "keys")
 
     @property
     def is_open(self) -> bool:
@@ -133,34 +138,55 @@ class Door:
             self._known.pop(digest, None)
 
     async def _find(self, digest: str) -> KeyRecord | None:
-        assert self._keys is not None
         now = time.monotonic()
         known_s, record = self._known.get(digest, (-MAX_AWAY_S, None))
         if now - known_s <= REMEMBERED_S:
             return record
         num_forgotten = self._num_forgotten
-        try:
-            found = await asyncio.to_thread(self._look_up, digest)
-        except Exception:
-            still = num_forgotten == self._num_forgotten
-            if record is not None and still and now - known_s <= MAX_AWAY_S:
-                return record
-            raise
-        if num_forgotten != self._num_forgotten:  # what was found may be from before
-            return await self._find(digest)
-        self._known[digest] = (now, found)
-        self._known.move_to_end(digest)
-        while len(self._known) > MAX_REMEMBERED:
-            self._known.popitem(last=False)
-        return found
+        if (lookup := self._lookups.get(digest)) is None:  # whoever comes with the same key waits for the same answer
+            lookup = self._lookups[digest] = _Lookup(asyncio.create_task(self._look_up(digest)), now)
+            lookup.task.add_done_callback(lambda _: lookup.succeeded)  # asked here, if all who waited have gone
+        was_right = record is not None and now - known_s <= MAX_AWAY_S
+        await asyncio.wait([lookup.task], timeout=max(0.0, lookup.began_s + PATIENCE_S - now) if was_right else None)
+        if was_right and num_forgotten == self._num_forgotten and not lookup.succeeded:
+            return record
+        return await asyncio.shield(lookup.task)
 
-    def _look_up(self, digest: str) -> KeyRecord | None:
+    async def _look_up(self, digest: str) -> KeyRecord | None:
+        """Ask the store, and remember what it says. Raises: StoreError."""
+        try:
+            num_forgotten = -1
+            while num_forgotten != self._num_forgotten:  # what is found meanwhile may be from before
+                num_forgotten = self._num_forgotten
+                now = time.monotonic()
+                found = await asyncio.get_running_loop().run_in_executor(self._threads, self._ask_store, digest)
+            self._known[digest] = (now, found)
+            self._known.move_to_end(digest)
+            while len(self._known) > MAX_REMEMBERED:
+                self._known.popitem(last=False)
+            return found
+        finally:
+            del self._lookups[digest]
+
+    def _ask_store(self, digest: str) -> KeyRecord | None:
         assert self._keys is not None
         record = self._keys.find_key(digest)
         if record is not None:
             with suppress(StoreError):  # a database that only reads opens the door all the same
                 self._keys.touch_key(record.id, datetime.now(UTC))
         return record
+
+
+@dataclass(frozen=True)
+class _Lookup:
+    """A question to the store, for everybody who shows the same key meanwhile."""
+
+    task: asyncio.Task[KeyRecord | None]
+    began_s: float
+
+    @property
+    def succeeded(self) -> bool:
+        return self.task.done() and not self.task.cancelled() and self.task.exception() is None
 
 
 def key_in(headers: Mapping[str, str]) -> str:

@@ -71,6 +71,8 @@ steps.run(
     "not deployed: asynchronous",
     lambda: waited(npu.predict(GPT_J, ["One day", "A fox"], {"max_length": 8}, asynchronous=True)),
 )
+loader = npu.core.DataLoader([[np.array(["One day", "A fox"])], [np.array(["A bird"])]])
+steps.run("not deployed: a loader", lambda: waited(npu.predict(GPT_J, loader, {"max_length": 8})))
 steps.run("not deployed: named", lambda: waited(npu.predict(MODEL, data, {"max_length": 15})))
 steps.run("not deployed: data by id", lambda: waited(npu.predict(GPT_J, "0" * 24, {"max_length": 15})))
 steps.run("not deployed: wrong type", lambda: waited(npu.predict(GPT_J, data, {"max_length": "many"})))

@@ -126,17 +126,35 @@ def test_a_task_predicts_of_what_was_uploaded(http: httpx.Client) -> None:
     assert (none.status_code, none.json()["error"][:15]) == (400, "no item is left")
 
 
+def hash_of(*chunks: np.ndarray) -> str:
+    """As the client names the data of a loader whose chunks hold one array each."""
+    return hashlib.md5(hashlib.md5(b"".join(chunk.tobytes() for chunk in chunks)).digest()).hexdigest()
+
+
 def test_data_of_a_loader_come_in_chunks(http: httpx.Client) -> None:
-    hashed = hashlib.md5(b"of all chunks").hexdigest()
-    told = {"hash": hashed, "chunked": True, "size": 10, "input_shape": [[2]]}
-    for number, is_last in enumerate([False, True]):
-        sent = upload(http, saved(np.array([f"Chunk {number}", "A fox"])), **told, is_last=is_last)
+    chunks = [np.array([f"Chunk {number}", "A fox"]) for number in range(2)]
+    told = {"hash": hash_of(*chunks), "chunked": True, "size": 10, "input_shape": [[2]]}
+    for number, chunk in enumerate(chunks):
+        sent = upload(http, saved(chunk), **told, is_last=number == 1)
     result = run_task(http, dataId=sent.json())["result"]
     assert [item["generated_text"][:7] for item in result[::2]] == ["Chunk 0", "Chunk 1"]
 
 
+def test_chunks_of_two_that_send_the_same_data_at_once_do_not_mix(http: httpx.Client) -> None:
+    chunks = [np.array([f"Mixed {number}"]) for number in range(2)]
+    told = {"hash": hash_of(*chunks), "chunked": True, "given_name": "mixed"}
+    for chunk in (chunks[0], chunks[0]):
+        assert upload(http, saved(chunk), **told).status_code == 201
+    mixed = upload(http, saved(chunks[1]), **told, is_last=True)
+    assert (mixed.status_code, "not those that hash was made of" in mixed.json()["error"]) == (400, True)
+    assert http.post("/Predict", json={"data_name": "mixed"}).status_code == 404
+    for number, chunk in enumerate(chunks):
+        sent = upload(http, saved(chunk), **told, is_last=number == 1)
+    assert len(run_task(http, dataId=sent.json())["result"]) == 2
+
+
 def test_an_upload_that_was_cut_off_begins_anew(http: httpx.Client) -> None:
-    hashed = hashlib.md5(b"cut off").hexdigest()
+    hashed = hash_of(np.array(["Chunk 1"]))
     first = upload(http, saved(np.array(["Chunk 0"])), hash=hashed, chunked=True)
     assert http.post("/Predict", json={"dataId": first.json()}).status_code == 404
     assert http.get("/Hash", params={"hash": hashed}).status_code == 204

@@ -30,7 +30,7 @@ from bluejay.server.generation import Asked, Item
 from bluejay.server.jobs import JobState, Work
 from bluejay.server.models import ServedModel
 from bluejay.server.multipart import is_form, read_form
-from bluejay.server.npz import is_npz, read_texts
+from bluejay.server.npz import digest_of_chunks, is_npz, read_texts
 from bluejay.server.options import ServerOptions
 from bluejay.server.sampling import refuse_untold, sampling_params
 
@@ -253,6 +253,8 @@ async def upload(call: TheCall) -> Response:
         found = Upload(secrets.token_hex(12), told.hash.lower(), told.generic_file)
     if not found.complete:
         found = _with_chunk(found, data, call.house.options, is_last=told.is_last or not told.chunked)
+        if told.chunked and found.complete:
+            await _check_chunks(call, found)
         call.house.uploads.put(_owner(call), found.id, found, found.num_bytes)
     found.call(told.given_name)
     return call.reply(found.id, 201)
@@ -288,6 +290,22 @@ def _with_chunk(upload: Upload, data: bytes, options: ServerOptions, *, is_last:
     if len(upload.files) >= options.max_prompts:
         raise InvalidRequest(f"the data has more than {options.max_prompts:,} chunks; send larger ones", "file")
     return replace(upload, files=[*upload.files, data], complete=is_last)
+
+
+async def _check_chunks(call: Call, upload: Upload) -> None:
+    """Forget an upload whose chunks are not those that were announced. Raises: InvalidRequest."""
+    options = call.house.options
+    bounds = {"max_arrays": options.max_prompts, "max_bytes": options.max_kept_bytes}
+    try:
+        if await asyncio.to_thread(digest_of_chunks, upload.files, **bounds) != upload.hash:
+            raise InvalidRequest(
+                "the chunks are not those that hash was made of: some are missing, or somebody sent the same data at "
+                "the same time; send them again",
+                "hash",
+            )
+    except InvalidRequest:
+        call.house.uploads.drop(_owner(call), upload.id)
+        raise
 
 
 async def _uploaded_texts(call: Call, asked: TaskAsking) -> list[str]:

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -24,7 +24,7 @@ from grpc import StatusCode
 from bluejay import __version__
 from bluejay.engine.request import RequestOutput
 from bluejay.errors import ConfigError, InvalidRequest, Stopped, UnsupportedOption
-from bluejay.server.auth import Access
+from bluejay.server.auth import Access, Principal
 from bluejay.server.call import House, deadline, name_request, note_failure
 from bluejay.server.dialects.open_inference_messages import MESSAGES, SERVICE
 from bluejay.server.dialects.open_inference_models import (
@@ -51,6 +51,7 @@ from bluejay.server.dialects.open_inference_tensors import (
 from bluejay.server.errors import Failure, TooSlow, failure_of
 from bluejay.server.generation import Asked, Caller, Run
 from bluejay.server.models import ServedModel
+from bluejay.server.tracing import NO_TRACING, Span
 
 NAME = "open_inference_grpc"  # in metrics, logs and the ledger
 MAX_MESSAGE_BYTES = 8 * 2**20
@@ -165,40 +166,43 @@ class GrpcServer:
 
     def _unary(self, name: str, needed: Access, handle: Handle) -> Callable[[bytes, Context], Awaitable[bytes]]:
         async def serve(data: bytes, context: Context) -> bytes:
-            began_s = time.monotonic()
-            headers, caller_id = _begin(context)
+            headers = _headers(context)
+            opened = self._open(name, needed, headers)
             try:
                 principal = await self._house.door.admit(needed, headers)
-                call = GrpcCall(self._house, Caller(principal, caller_id, began_s))
+                call = GrpcCall(self._house, opened.caller(principal))
                 told = await handle(call, _read(f"{name}Request", data))
                 answer: bytes = MESSAGES[f"{name}Response"](**told).SerializeToString()
             except Exception as error:
-                failure = self._note(error, name, caller_id, began_s)
+                failure = self._note(error, opened)
+            except asyncio.CancelledError:
+                opened.span.end(499)
+                raise
             else:
-                context.set_trailing_metadata((("x-request-id", caller_id),))
-                self._answered(name, 200, began_s, needed)
+                context.set_trailing_metadata((("x-request-id", opened.request_id),))
+                self._answered(opened, 200)
                 return answer
-            await _abort(context, failure, caller_id)
+            await _abort(context, failure, opened.request_id)
             return b""  # not reached: an abort raises
 
         return serve
 
     async def _stream(self, _: Any, context: Context) -> None:
         """ModelStreamInfer: one request after the other; what is wrong with one is told, and the next one read."""
-        headers, caller_id = _begin(context)
+        headers = _headers(context)
+        opened = self._open("ModelStreamInfer", Access.USER, headers, traced=False)  # each of its requests is
         try:
             principal = await self._house.door.admit(Access.USER, headers)
             while (data := await self._next(context)) is not None:
-                began_s = time.monotonic()
-                call = GrpcCall(self._house, Caller(principal, name_request(headers), began_s))
-                async with aclosing(self._answers(call, data)) as answers:
+                one = self._open("ModelStreamInfer", Access.USER, headers)
+                async with aclosing(self._answers(one, principal, data)) as answers:
                     async for answer in answers:
                         await self._write(context, answer)
         except Exception as error:
-            failure = self._note(error, "ModelStreamInfer", caller_id, time.monotonic())
+            failure = self._note(error, opened)
         else:
             return
-        await _abort(context, failure, caller_id)
+        await _abort(context, failure, opened.request_id)
 
     async def _next(self, context: Context) -> bytes | None:
         """The next message of a stream; None at its end. Raises: TooSlow, Stopped."""
@@ -224,11 +228,11 @@ class GrpcServer:
         except TimeoutError:
             raise TooSlow(f"what was answered was not read within {limit_s:g} s") from None
 
-    async def _answers(self, call: GrpcCall, data: bytes) -> AsyncGenerator[Mapping[str, Any], None]:
+    async def _answers(
+        self, opened: _Opened, principal: Principal, data: bytes
+    ) -> AsyncGenerator[Mapping[str, Any], None]:
         """What answers one request of a stream."""
-        request_id, began_s = call.caller.request_id, call.caller.received_s
-        structlog.contextvars.bind_contextvars(request_id=request_id)
-        told_id = ""
+        told_id, call = "", GrpcCall(self._house, opened.caller(principal))
         try:
             asked = _read("ModelInferRequest", data)
             told_id = asked.id
@@ -236,32 +240,58 @@ class GrpcServer:
                 async for answer in answers:
                     yield {"infer_response": answer}
         except Exception as error:
-            failure = self._note(error, "ModelStreamInfer", request_id, began_s)
+            failure = self._note(error, opened)
             yield {"error_message": failure.message[:MAX_DETAILS], "infer_response": {"id": told_id}}
+        except (asyncio.CancelledError, GeneratorExit):  # the client went, or does not read
+            opened.span.end(499)
+            raise
         else:
-            self._answered("ModelStreamInfer", 200, began_s)
+            self._answered(opened, 200)
 
-    def _note(self, error: Exception, name: str, request_id: str, began_s: float) -> Failure:
-        note_failure(error, request_id)
+    def _open(self, name: str, needed: Access, headers: Mapping[str, str], *, traced: bool = True) -> _Opened:
+        """Name a request that has come, and begin to tell of it in logs and traces."""
+        request_id = name_request(headers)
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=request_id, dialect=NAME)
+        tracing = self._house.tracing if traced and needed is not Access.PUBLIC else NO_TRACING
+        span = tracing.begin(NAME, "POST", f"/{SERVICE}/{name}", request_id, headers)  # what HTTP/2 sees of it
+        if span.trace_id is not None:
+            structlog.contextvars.bind_contextvars(trace_id=span.trace_id)
+        return _Opened(name, needed, request_id, span)
+
+    def _note(self, error: Exception, opened: _Opened) -> Failure:
+        note_failure(error, opened.request_id)
         failure = failure_of(error)
-        self._answered(name, failure.status, began_s)
+        self._answered(opened, failure.status)
         return failure
 
-    def _answered(self, name: str, status: int, began_s: float, needed: Access = Access.USER) -> None:
+    def _answered(self, opened: _Opened, status: int) -> None:
+        """A request has ended, with what would be its status over HTTP."""
+        opened.span.end(status)
         self._house.service.metrics.answered(NAME, status)
-        if needed is not Access.PUBLIC:
-            took_ms = round(1e3 * (time.monotonic() - began_s), 1)
-            _log.info("%s %d", name, status, extra={"took_ms": took_ms})
+        if opened.needed is not Access.PUBLIC:
+            took_ms = round(1e3 * (time.monotonic() - opened.began_s), 1)
+            _log.info("%s %d", opened.name, status, extra={"took_ms": took_ms})
 
 
-def _begin(context: Context) -> tuple[dict[str, str], str]:
-    """A call's metadata as headers, and the server's own name of it."""
+@dataclass(frozen=True)
+class _Opened:
+    """A request that has come, and was not yet answered."""
+
+    name: str
+    needed: Access
+    request_id: str
+    span: Span
+    began_s: float = field(default_factory=time.monotonic)
+
+    def caller(self, principal: Principal) -> Caller:
+        return Caller(principal, self.request_id, self.began_s, self.span)
+
+
+def _headers(context: Context) -> dict[str, str]:
+    """A call's metadata, less what is no text."""
     pairs = context.invocation_metadata() or ()
-    headers = {key.lower(): value for key, value in pairs if isinstance(value, str)}
-    request_id = name_request(headers)
-    structlog.contextvars.clear_contextvars()
-    structlog.contextvars.bind_contextvars(request_id=request_id, dialect=NAME)
-    return headers, request_id
+    return {key.lower(): value for key, value in pairs if isinstance(value, str)}
 
 
 async def _abort(context: Context, failure: Failure, request_id: str) -> None:
