@@ -20,9 +20,10 @@ import re
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -165,10 +166,10 @@ async def fetch(target: Target, raw: bytes) -> Reply:
 async def metrics(target: Target) -> dict[str, float]:
     """What the server counts; values of the same name are added."""
     reply = await fetch(target, target.request("GET", "/metrics"))
-    found: Counter[str] = Counter()
+    found: defaultdict[str, float] = defaultdict(float)
     for line in reply.body.decode().splitlines():
         if match := re.match(r"([a-z_]+)(?:\{.*\})? (\S+)$", line):
-            found[match[1]] += float(match[2])  # type: ignore[assignment]
+            found[match[1]] += float(match[2])
     return dict(found)
 
 
@@ -189,13 +190,13 @@ async def held(target: Target) -> dict[str, float]:
 
 def memory_bytes(pid: int) -> int:
     """A process's own memory, files that it maps left aside."""
-    with open(f"/proc/{pid}/status") as status:  # noqa: PTH123
+    with Path(f"/proc/{pid}/status").open() as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 
 def num_files(pid: int) -> int:
     """Its open files and connections."""
-    return len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
 
 
 def percentile(values: Sequence[float], share: float) -> float:

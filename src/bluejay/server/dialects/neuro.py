@@ -60,7 +60,7 @@ class Asking(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    modelId: str | None = None  # noqa: N815
+    model_id: str | None = Field(None, alias="modelId")
     model_name: str | None = None
     model_attr: str | None = None
     input_kwargs: dict[str, Any] | None = Field(
@@ -85,7 +85,7 @@ class SyncAsking(Asking):
 class TaskAsking(Asking):
     """A prediction that is asked for by its id, of data that were uploaded."""
 
-    dataId: str | None = None  # noqa: N815
+    data_id: str | None = Field(None, alias="dataId")
     data_name: str | None = None
     data_start: StrictInt | None = Field(None, description="The first item; counted as in a slice of Python.")
     data_end: StrictInt | None = None
@@ -309,7 +309,7 @@ async def _check_chunks(call: Call, upload: Upload) -> None:
 
 
 async def _uploaded_texts(call: Call, asked: TaskAsking) -> list[str]:
-    wanted = asked.dataId or asked.data_name
+    wanted = asked.data_id or asked.data_name
     if not wanted:
         raise InvalidRequest("there is no data; send dataId or data_name of what was uploaded", "dataId")
     uploads: Sequence[Upload] = call.house.uploads.values(_owner(call))
@@ -389,7 +389,7 @@ def _model(call: Call, asked: Asking) -> tuple[ServedModel, str | None]:
     for name, value in refused.items():
         if value:
             raise UnsupportedOption(f"{name} cannot be served: this API only predicts, and executes nothing", name)
-    called = asked.modelId or asked.model_name or None
+    called = asked.model_id or asked.model_name or None
     return call.find(called), None if called is None else called[:200]
 
 
