@@ -54,6 +54,8 @@ class ServerOptions:
         drain_s: what is running may take so long to end when the server is told to stop.
         farewell_s: at its end the server says "not ready" for so long before it stops listening, so that nobody who
             shares the load among several is taken by surprise.
+        ignore_unknown: KServe V1, Baseten and Neuro then pass over options that are none, as the hosted services did,
+            and say so; without it they are refused.
         kserve_always_nested: `predictions` is a list of lists for a single instance too.
         kserve_defaults: sampling options of the KServe dialect, as the hosted service had them.
         baseten_failed: the word for a failed prediction; the original code said "error", its document "failed".
@@ -84,6 +86,7 @@ class ServerOptions:
     max_connections: int = 4096
     drain_s: float = 30.0
     farewell_s: float = 1.0
+    ignore_unknown: bool = False
     kserve_always_nested: bool = False
     kserve_defaults: Mapping[str, Any] = field(default_factory=dict)
     baseten_failed: Literal["failed", "error"] = "failed"
@@ -107,7 +110,7 @@ class ServerOptions:
         ]
         problems += [
             f"{name} is {getattr(self, name)!r}, expected true or false"
-            for name in ("insecure", "strict_names", "keep_flagged", "kserve_always_nested")
+            for name in ("insecure", "strict_names", "keep_flagged", "ignore_unknown", "kserve_always_nested")
             if type(getattr(self, name)) is not bool
         ]
         ports = [self.port] if self.grpc_port is None else [self.port, self.grpc_port]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -19,6 +19,21 @@ def refuse_untold(values: Mapping[str, Any]) -> None:
     for name in NOT_TOLD:
         if values.get(name) is not None:
             raise UnsupportedOption(f"{name} is not told in this API; use /v1/completions for it", name)
+
+
+def split_known(chosen: Mapping[str, Any], known: Collection[str] = OPTIONS) -> tuple[dict[str, Any], list[str]]:
+    """The options that are some, and the other names, as far as they can be repeated in an answer."""
+    kept = {name: value for name, value in chosen.items() if name in known}
+    others = sorted(chosen.keys() - kept.keys())
+    return kept, [name[:40] if name.isascii() and name.isprintable() else "?" for name in others[:8]]
+
+
+def known_only(chosen: Mapping[str, Any], *, ignore_unknown: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """The options to go by, and the answer's headers, which name what was passed over where that is wanted."""
+    if not ignore_unknown:
+        return dict(chosen), {}
+    kept, others = split_known(chosen)
+    return kept, {"X-Ignored-Options": ", ".join(others)} if others else {}
 
 
 def sampling_params(*layers: Mapping[str, Any] | None) -> SamplingParams:

@@ -97,6 +97,23 @@ def test_other_paths_answer_as_kserve_does(http: httpx.Client) -> None:
     assert (wrong.status_code, wrong.json()) == (405, {"detail": "Method Not Allowed"})
 
 
+def test_old_programs_options_that_are_none_may_be_passed_over(
+    start_server: Callable[..., AbstractContextManager[Any]],
+) -> None:
+    chosen = {"max_length": 6, "Colour": 1, "é": 2}
+    with start_server(settings="[server]\nignore_unknown = true\n") as serving, serving.client() as http:
+        answer = http.post(PREDICT, json={"instances": ["Once"], "parameters": chosen})
+        assert (answer.status_code, answer.headers["x-ignored-options"]) == (200, "colour, ?")
+        answer = http.post("/SyncPredict", json={"data": "Once", "input_kwargs": chosen})
+        assert (answer.status_code, answer.headers["x-ignored-options"]) == (200, "Colour, ?")
+        told = http.post("/predict", json={"prompt": "Once", **chosen}).json()
+        assert told["message"] == "Colour is no option and was passed over; ? is no option and was passed over"
+        wrong = http.post(PREDICT, json={"instances": ["Once"], "parameters": {"top_k": -1, "colour": 1}})
+        assert (wrong.status_code, "colour" in wrong.text) == (400, False)
+        answer = http.post(PREDICT, json={"instances": ["Once"], "parameters": {"max_length": 6}})
+        assert "x-ignored-options" not in answer.headers
+
+
 def test_a_server_of_strict_names_knows_its_own_alone(
     start_server: Callable[..., AbstractContextManager[Any]],
 ) -> None:

@@ -24,7 +24,7 @@ from bluejay.server.generation import Asked, Item
 from bluejay.server.jobs import Job, JobState, Retries, Work
 from bluejay.server.models import ServedModel
 from bluejay.server.options import ServerOptions
-from bluejay.server.sampling import sampling_params
+from bluejay.server.sampling import sampling_params, split_known
 
 PARAMETERS = (
     "max_length",
@@ -321,10 +321,13 @@ def _read_input(value: Any, model: ServedModel, options: ServerOptions) -> Input
     prompt = chosen.pop("prompt", None)
     if not isinstance(prompt, str):
         raise InvalidRequest(f"prompt is {'missing' if prompt is None else 'no text'}, expected a text", "prompt")
+    notes = []
+    if options.ignore_unknown:
+        chosen, others = split_known(chosen, PARAMETERS)
+        notes += [f"{name} is no option and was passed over" for name in others]
     if unknown := sorted(set(chosen) - set(PARAMETERS)):
         names = ", ".join(repr(name[:100]) for name in unknown[:8])
         raise InvalidRequest(f"unknown option {names}; there are: prompt, {', '.join(PARAMETERS)}", unknown[0][:100])
-    notes = []
     for name, most in (("max_length", options.baseten_max_length), ("min_length", options.baseten_min_length)):
         if type(chosen.get(name)) is int and chosen[name] > most:
             notes.append(f"{name} was {chosen[name]}"[:60] + f" and is limited to {most}")

@@ -20,7 +20,7 @@ from bluejay.server.auth import Access
 from bluejay.server.call import Dialect, House, TheCall, access, documented, route_class
 from bluejay.server.errors import Failure, NotServed
 from bluejay.server.generation import Item
-from bluejay.server.sampling import refuse_untold, sampling_params
+from bluejay.server.sampling import known_only, refuse_untold, sampling_params
 
 # What the hosted predictor took where a query said nothing; 50 tokens were the model config's.
 DEFAULTS = {"do_sample": True, "max_length": 50, "min_length": 1, "temperature": 1.0, "repetition_penalty": 1.125}
@@ -74,13 +74,15 @@ async def predict(call: TheCall) -> Response:
     chosen = {key.lower(): value for key, value in asked.parameters.items()}
     if len(chosen) < len(asked.parameters):
         raise InvalidRequest("parameters names an option twice, in different cases", "parameters")
+    chosen, headers = known_only(chosen, ignore_unknown=call.house.options.ignore_unknown)
     refuse_untold(chosen)
     params = sampling_params(DEFAULTS, call.house.options.kserve_defaults, model.options.defaults, chosen)
     run = await call.begin(model, [Item(text, params) for text in asked.instances], asked_model=name)
     outputs = await call.finish(run)
     predictions = [_texts(text, output) for text, output in zip(asked.instances, outputs, strict=True)]
     flat = len(predictions) == 1 and not call.house.options.kserve_always_nested
-    return call.reply({"predictions": predictions[0] if flat else predictions}, headers={"X-Served-Model": model.name})
+    headers["X-Served-Model"] = model.name
+    return call.reply({"predictions": predictions[0] if flat else predictions}, headers=headers)
 
 
 @access(Access.USER)

@@ -32,7 +32,7 @@ from bluejay.server.models import ServedModel
 from bluejay.server.multipart import is_form, read_form
 from bluejay.server.npz import digest_of_chunks, is_npz, read_texts
 from bluejay.server.options import ServerOptions
-from bluejay.server.sampling import refuse_untold, sampling_params
+from bluejay.server.sampling import known_only, refuse_untold, sampling_params
 
 # The model's config: it draws, and 50 tokens with the prompt are its default.
 DEFAULTS = {"do_sample": True, "max_length": 50}
@@ -185,13 +185,13 @@ async def sync_predict(call: TheCall) -> Response:
     """One text for each item, or as many as `num_return_sequences` says."""
     asked, texts = await _read_sync(call)
     model, name = _model(call, asked)
-    params, remove_input = _params(model, asked.input_kwargs)
+    params, remove_input, headers = _params(call, model, asked.input_kwargs)
     run = await call.begin(model, [Item(text, params) for text in texts], asked_model=name)
     outputs = await call.finish(run)
     told: dict[str, Any] = {"state": "COMPLETE"}
     if _include_result(call):
         told["result"] = _results(texts, outputs, remove_input)
-    return call.reply(told, headers={"X-Served-Model": model.name})
+    return call.reply(told, headers=headers)
 
 
 @access(Access.USER)
@@ -200,14 +200,14 @@ async def predict(call: TheCall) -> Response:
     body = await call.body()
     asked = checked(TaskAsking, read_json(body))
     model, name = _model(call, asked)
-    params, remove_input = _params(model, asked.input_kwargs)
+    params, remove_input, headers = _params(call, model, asked.input_kwargs)
     texts = await _uploaded_texts(call, asked)
     work = Work(
         Asked(model, [Item(text, params) for text in texts], call.dialect.name, name or model.name),
         lambda outputs: _results(texts, outputs, remove_input),
         len(body) + sum(map(len, texts)),
     )
-    return PlainTextResponse(call.house.jobs.submit(call.principal, work).id, headers={"X-Served-Model": model.name})
+    return PlainTextResponse(call.house.jobs.submit(call.principal, work).id, headers=headers)
 
 
 @access(Access.USER)
@@ -366,8 +366,10 @@ def _listed_texts(data: str | list[Any] | None, options: ServerOptions) -> list[
     return texts
 
 
-def _params(model: ServedModel, chosen: dict[str, Any] | None) -> tuple[SamplingParams, bool]:
-    """The options, and whether the prompt is left out of the answer."""
+def _params(
+    call: Call, model: ServedModel, chosen: dict[str, Any] | None
+) -> tuple[SamplingParams, bool, dict[str, str]]:
+    """The options, whether the prompt is left out of the answer, and the answer's headers."""
     values = dict(chosen or {})
     remove_input = values.pop("remove_input", None)
     if not isinstance(remove_input, bool | None):
@@ -377,8 +379,10 @@ def _params(model: ServedModel, chosen: dict[str, Any] | None) -> tuple[Sampling
             if values.get(ours) not in (None, value):
                 raise InvalidRequest(f"{theirs} and {ours} are the same option, with different values", theirs)
             values[ours] = value
+    values, headers = known_only(values, ignore_unknown=call.house.options.ignore_unknown)
     refuse_untold(values)
-    return sampling_params(DEFAULTS, model.options.defaults, values), bool(remove_input)
+    headers["X-Served-Model"] = model.name
+    return sampling_params(DEFAULTS, model.options.defaults, values), bool(remove_input), headers
 
 
 def _model(call: Call, asked: Asking) -> tuple[ServedModel, str | None]:
