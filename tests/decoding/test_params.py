@@ -44,7 +44,7 @@ def test_options_decide_the_mode(options, mode):
         ("repetition_penalty", [0, -1.0]),
         ("frequency_penalty", [-2.1, 2.1, None, math.nan]),
         ("presence_penalty", [-2.1, 2.1, "1"]),
-        ("logit_bias", [{-1: 1.0}, {"1": 1.0}, {1: math.inf}, {1: None}, [(1, 1.0)], {2**31: 1.0}]),
+        ("logit_bias", [{-1: 1.0}, {"1": 1.0}, {1: math.inf}, {1: 1e39}, {1: None}, [(1, 1.0)], {2**31: 1.0}]),
         ("no_repeat_ngram_size", [-1, 1.0]),
         ("encoder_no_repeat_ngram_size", [-1]),
         ("bad_words_ids", [[], [[]], [[-1]], [3], "ab", [["a"]]]),

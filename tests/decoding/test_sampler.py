@@ -62,6 +62,14 @@ def test_where_nothing_has_a_probability_nothing_is_drawn(logits):
     assert choose(torch.tensor([logits]), [sampling(1)], [[0]]) == [None]
 
 
+@pytest.mark.parametrize("logits", [[-math.inf] * 3, [math.nan, 0.0, 0.0]])
+def test_where_nothing_is_likely_nothing_is_the_likeliest(logits):
+    rows = torch.tensor([[0.0, 2.0, 1.0], logits])
+    assert choose(rows, [Choice(), Choice()], [[0], [0]]) == [1, None]
+    banned = Choice([Processor(bad_words, [[1], [2]])])
+    assert choose(torch.tensor([logits]), [banned], [[0]]) == [None]
+
+
 def test_draws_follow_the_distribution():
     generator = torch.Generator().manual_seed(0)
     scores = torch.tensor([[0.1, 0.2, 0.7]]).log()

@@ -205,6 +205,11 @@ def test_a_bad_request_is_refused_and_the_others_go_on(run: Run, client: EngineC
             await _output(client, GenerationRequest(PROMPT, SHORT, priority=2**70))
         with pytest.raises(InvalidRequest, match="bytes"):
             await client.embed(["a" * messages.MAX_FRAME_BYTES])
+        with pytest.raises(InvalidRequest, match="text holds float"):
+            await client.embed([[1.5]])  # type: ignore[list-item]
+        with pytest.raises(InvalidRequest, match=r"eos_token_id names \[9000\]"):
+            groups = {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}
+            await _output(client, GenerationRequest(PROMPT, SamplingParams(eos_token_id=[9000, 5], **groups)))
         strange = await _output(client, GenerationRequest(PROMPT, SHORT, tenant="\ud800"))
         assert len(strange.sequences[0].token_ids) == 8
         for events in await asyncio.gather(*others):

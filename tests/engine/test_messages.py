@@ -78,7 +78,7 @@ PARAMS = _all(
     repetition_penalty=st.floats(0, 1e300, exclude_min=True),
     frequency_penalty=st.floats(-2, 2),
     presence_penalty=st.floats(-2, 2),
-    logit_bias=st.none() | st.dictionaries(IDS, st.floats(allow_nan=False, allow_infinity=False), max_size=3),
+    logit_bias=st.none() | st.dictionaries(IDS, st.floats(-100, 100), max_size=3),
     no_repeat_ngram_size=WHOLE,
     encoder_no_repeat_ngram_size=WHOLE,
     bad_words_ids=st.none() | st.lists(st.lists(IDS, min_size=1, max_size=3), min_size=1, max_size=3),

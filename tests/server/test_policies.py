@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -194,6 +194,32 @@ def test_an_open_server_does_not_answer_to_pages_of_strangers(
         [answer, live] = ask(server, [("GET", "/v1/models", headers), ("GET", "/livez", headers)])
         assert answer.status_code == status, answer.text
         assert live.status_code == 200  # probes name the host by its address
+
+
+def test_plans_may_name_models_by_any_of_their_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plans = read_plans({"batch": {"models": ["bird", "gpt-j-6b", "dodo"]}})
+    models = [ModelOptions("jay", "default", aliases=("bird",))]
+    with (
+        closing(Store.open(f"sqlite:///{tmp_path}/accounts.db")) as store,
+        closing(Ledger(tmp_path / "journal", store)) as ledger,
+    ):
+        server = Server(ServerOptions(), models, store=store, ledger=ledger, plans=plans)
+    assert server.house.door.plans["batch"].models == ("jay", "jay")
+    assert "the plan batch has the model dodo, which is not served here" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"kserve_defaults": 5}, "kserve_defaults: 5 came, expected a table"),
+        ({"kserve_defaults": {"max_lenght": 3}}, "kserve_defaults: unknown option 'max_lenght'"),
+        ({"host": 5}, "host is 5"),
+        ({"drain_s": float("inf")}, "drain_s is inf"),
+    ],
+)
+def test_settings_that_are_none_are_told_at_the_start(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ServerOptions(**options)
 
 
 def test_a_server_that_others_reach_asks_for_keys_or_for_a_word(tmp_path: Path) -> None:

@@ -29,9 +29,34 @@ def test_numbers_that_are_none_are_refused(name: str, value: Any) -> None:
     assert len(str(refused.value)) < 300
 
 
+def test_what_is_said_later_of_lengths_counts_by_whatever_name() -> None:
+    params = sampling_params({"max_length": 50, "min_length": 1}, {"max_new_tokens": 30}, {"max_length": 200})
+    assert (params.max_length, params.max_new_tokens, params.min_length) == (200, None, 1)
+    params = sampling_params({"min_length": 10}, {"min_new_tokens": 2, "max_length": 9, "max_new_tokens": 5})
+    assert (params.min_length, params.min_new_tokens, params.max_length, params.max_new_tokens) == (0, 2, 9, 5)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("stop", ["x"] * 33, "stop has 33 entries, expected at most 32"),
+        ("stop", "x" * 257, "more than 256 characters"),
+        ("stop", ["x", "x" * 257], "more than 256 characters"),
+        ("eos_token_id", list(range(33)), "eos_token_id has 33 entries"),
+        ("bad_words_ids", [[1]] * 1025, "bad_words_ids has 1,025 entries"),
+        ("bad_words_ids", [[1] * 513, [2] * 512], "more than 1,024 token ids"),
+        ("logit_bias", {str(token): 1 for token in range(1025)}, "logit_bias has 1,025 entries"),
+    ],
+)
+def test_lists_that_each_step_looks_through_are_bound(name: str, value: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as refused:
+        sampling_params({name: value})
+    assert refused.value.param == name
+
+
 def test_a_long_wrong_value_is_not_told_back_whole() -> None:
     with pytest.raises(InvalidRequest, match="stop is") as refused:
-        sampling_params({"stop": [1] * 100_000})
+        sampling_params({"stop": [[1] * 100_000]})
     assert len(str(refused.value)) < 300
 
 

@@ -14,6 +14,7 @@ Mode = Literal["greedy", "sample", "beam", "beam_sample", "group_beam"]
 
 MAX_BEAMS = 1_000  # each is a row of keys and values: a slip of the hand must not take all memory
 MAX_RETURN_SEQUENCES = 1_000
+MAX_BIAS = 100  # OpenAI's; an infinite one would bring back what must never be chosen
 DEFAULT_NEW_TOKENS = 20  # transformers: the default max_length of 20 counts new tokens where nothing else is said
 
 
@@ -51,7 +52,7 @@ class SamplingParams:
         encoder_no_repeat_ngram_size: n-grams of this size in the prompt do not come in the answer; 0 is off.
         bad_words_ids: token sequences that never come.
         num_return_sequences: answers for one prompt, at most 1,000; needs `do_sample`, or as many beams.
-        max_time: seconds; checked after every token.
+        max_time: seconds from a request's first step; checked after every token.
         remove_invalid_values: take NaN logits as 0 and infinite ones as the largest finite number.
         stop: texts that end the answer; they are not part of it. Looked for in the answer, not in the prompt.
         seed: makes draws repeatable, whatever else is in the batch: with one prompt and one answer, the tokens that
@@ -223,9 +224,11 @@ def _wrong_lists(params: SamplingParams) -> Iterator[tuple[str, str]]:
         yield "bad_words_ids", "expected a list of lists of token ids, none of them empty, or None"
     bias = params.logit_bias
     if bias is not None and not (
-        isinstance(bias, Mapping) and all(map(_is_token, bias)) and all(map(_is_number, bias.values()))
+        isinstance(bias, Mapping)
+        and all(map(_is_token, bias))
+        and all(_is_number(value) and abs(value) <= MAX_BIAS for value in bias.values())
     ):
-        yield "logit_bias", "expected a table of token ids and finite numbers, or None"
+        yield "logit_bias", f"expected a table of token ids and numbers from -{MAX_BIAS} to {MAX_BIAS}, or None"
     eos = (params.eos_token_id,) if isinstance(params.eos_token_id, int) else params.eos_token_id
     if eos is not None and not (_is_list(eos, _is_token) and eos):
         yield "eos_token_id", "expected a token id or several, or None; ignore_eos=True is for none at all"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -48,13 +49,13 @@ def choose(logits: Tensor, choices: Sequence[Choice], histories: Sequence[Sequen
     """One token for each row, computed for all rows together.
 
     Shapes: logits [B, V] float32.
-    Returns: a token id for each row, None where no token can be drawn because none has a probability: all are banned,
+    Returns: a token id for each row, None where no token can be chosen because none has a probability: all are banned,
         or the logits are no numbers.
     """
     if all(choice.plain for choice in choices):
-        return logits.argmax(-1).tolist()
+        return _likeliest(logits)
     scores = process_rows([choice.processors for choice in choices], logits, histories)
-    token_ids: list[int | None] = scores.argmax(-1).tolist()
+    token_ids = _likeliest(scores)
     rows = [row for row, choice in enumerate(choices) if choice.generator is not None]
     if rows:
         own = scores if len(rows) == len(choices) else scores[rows]
@@ -62,6 +63,15 @@ def choose(logits: Tensor, choices: Sequence[Choice], histories: Sequence[Sequen
         for row, token_id in zip(rows, drawn, strict=True):
             token_ids[row] = token_id
     return token_ids
+
+
+def _likeliest(scores: Tensor) -> list[int | None]:
+    token_ids = scores.argmax(-1)
+    best = scores.gather(-1, token_ids[:, None])[:, 0]
+    return [
+        token_id if score > -math.inf else None  # nor is a NaN, which argmax takes first
+        for score, token_id in zip(best.tolist(), token_ids.tolist(), strict=True)
+    ]
 
 
 def _draw_rows(scores: Tensor, generators: Sequence[torch.Generator | None]) -> list[int | None]:

@@ -40,7 +40,7 @@ from bluejay.engine.messages import (
     Said,
 )
 from bluejay.engine.options import EngineOptions
-from bluejay.engine.request import GenerationEvent, GenerationRequest
+from bluejay.engine.request import GenerationEvent, GenerationRequest, check_ids_are_whole
 from bluejay.engine.statistics import Statistics
 from bluejay.engine.worker_process import WorkerProcess
 from bluejay.errors import BluejayError, EngineError, InvalidRequest, Overloaded, Stopped
@@ -182,6 +182,9 @@ class EngineClient:
     async def embed(self, texts: Sequence[str | Sequence[int]]) -> list[list[float]]:
         """One vector for each text, as `LLM.embed`. Raises: RequestError, EngineError."""
         plain = [text if isinstance(text, str) else list(text) for text in texts]
+        for ids in plain:
+            if not isinstance(ids, str):
+                check_ids_are_whole(ids, "text")
         try:
             answer: Embedded = await self._question(lambda number: Embed(number, plain))
         except ProtocolError as error:

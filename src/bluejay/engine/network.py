@@ -57,7 +57,11 @@ class Network:
         limit = new_token_limit(params, len(prompt), config.n_positions)
         if params.stop_texts and self.tokenizer is None:
             raise UnsupportedOption("stop needs a tokenizer, and this model was opened without one", "stop")
-        eos_ids = params.eos_ids(config.eos_token_id)
+        if params.eos_token_id is not None and (wrong := [i for i in params.eos_ids(None) if i >= config.vocab_size]):
+            raise InvalidRequest(
+                f"eos_token_id names {wrong[:10]}, expected ids from 0 to {config.vocab_size - 1}", "eos_token_id"
+            )
+        eos_ids = tuple(i for i in params.eos_ids(config.eos_token_id) if i < config.vocab_size)
         processors = processors_for(
             params, prompt, eos_ids=eos_ids, vocab_size=config.vocab_size, forbidden=self._forbidden
         )

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from bluejay.decoding.logprobs import TokenLogprobs
 from bluejay.decoding.params import SamplingParams
 from bluejay.decoding.stopping import FinishReason
+from bluejay.errors import InvalidRequest
 
 __all__ = ["FinishReason", "GenerationEvent", "GenerationRequest", "RequestOutput", "Score", "SequenceOutput", "Usage"]
+
+
+def check_ids_are_whole(token_ids: Sequence[int], param: str) -> None:
+    """Raises: InvalidRequest for what no token id can be; which ids there are the model knows."""
+    if kinds := {kind for kind in {*map(type, token_ids)} if issubclass(kind, bool) or not issubclass(kind, Integral)}:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise InvalidRequest(f"{param} holds {names}, expected token ids, which are whole numbers", param)
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,11 @@ class GenerationRequest:
     params: SamplingParams
     priority: int = 0
     tenant: str = ""
+
+    def __post_init__(self) -> None:
+        check_ids_are_whole(self.prompt_token_ids, "prompt")
+        if not isinstance(self.tenant, str):
+            raise InvalidRequest(f"tenant is {self.tenant!r:.80}, expected a text")
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bluejay.errors import ConfigError
+from bluejay.errors import ConfigError, InvalidRequest
+from bluejay.server.sampling import sampling_params
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class ServerOptions:
         problems += [
             f"{name} is {getattr(self, name)!r}, expected a number of seconds above 0"
             for name in _SECONDS
-            if type(getattr(self, name)) not in (int, float) or not getattr(self, name) > 0
+            if type(getattr(self, name)) not in (int, float) or not 0 < getattr(self, name) < math.inf
         ]
         problems += [
             f"{name} is {getattr(self, name)!r}, expected true or false"
@@ -119,6 +121,12 @@ class ServerOptions:
             for port in ports
             if type(port) is not int or not 0 <= port <= 65535
         ]
+        if not isinstance(self.host, str) or not self.host:
+            problems.append(f"host is {self.host!r}, expected an address or a name")
+        try:
+            sampling_params(_table(self.kserve_defaults))
+        except InvalidRequest as error:
+            problems.append(f"kserve_defaults: {error}")
         if self.baseten_failed not in ("failed", "error"):
             problems.append(f"baseten_failed is {self.baseten_failed!r}, expected failed or error")
         if problems:
@@ -128,6 +136,13 @@ class ServerOptions:
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the server."""
         return is_loopback(self.host)
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    """Raises: InvalidRequest if it is none."""
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(f"{value!r:.80} came, expected a table of options")
+    return value
 
 
 _WHOLE = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sized
 from dataclasses import fields
 from typing import Any
 
@@ -11,6 +11,12 @@ from bluejay.errors import InvalidRequest, UnsupportedOption
 
 # Hugging Face's names of what a caller may choose.
 OPTIONS: tuple[str, ...] = tuple(field.name for field in fields(SamplingParams))
+MAX_STOPS = 32  # texts, or ids, that end an answer; OpenAI takes 4
+MAX_STOP_CHARS = 256
+MAX_BIASES = 1024  # token ids of a table or a list
+_SIZES = {"stop": MAX_STOPS, "eos_token_id": MAX_STOPS, "bad_words_ids": MAX_BIASES, "logit_bias": MAX_BIASES}
+# Of these the one that is said later counts, by whatever name.
+_LENGTHS = ({"max_length", "max_new_tokens"}, {"min_length", "min_new_tokens"})
 NOT_TOLD = ("logprobs", "prompt_logprobs")  # most protocols' answers have no place for them
 
 
@@ -43,15 +49,32 @@ def sampling_params(*layers: Mapping[str, Any] | None) -> SamplingParams:
     """
     values: dict[str, Any] = {}
     for layer in layers:
-        values |= {name: value for name, value in (layer or {}).items() if value is not None}
+        said = {name: value for name, value in (layer or {}).items() if value is not None}
+        other = set().union(*(names for names in _LENGTHS if names & said.keys()))
+        values = {name: value for name, value in values.items() if name not in other} | said
     if unknown := sorted(set(values) - set(OPTIONS)):
         raise InvalidRequest(
             f"unknown option {', '.join(repr(name[:100]) for name in unknown[:8])}; there are: {', '.join(OPTIONS)}",
             unknown[0][:100],
         )
+    _check_sizes(values)
     if isinstance(values.get("logit_bias"), Mapping):  # in JSON the keys of a table are texts
         values["logit_bias"] = {_token_id(token): bias for token, bias in values["logit_bias"].items()}
     return SamplingParams(**values)
+
+
+def _check_sizes(values: Mapping[str, Any]) -> None:
+    """Raises: InvalidRequest for lists that would keep everybody waiting: each step looks through them."""
+    for name, most in _SIZES.items():
+        value = values.get(name)
+        if isinstance(value, Sized) and not isinstance(value, str) and len(value) > most:
+            raise InvalidRequest(f"{name} has {len(value):,} entries, expected at most {most:,}", name)
+    words = values.get("bad_words_ids")
+    if isinstance(words, list) and sum(len(word) for word in words if isinstance(word, list)) > MAX_BIASES:
+        raise InvalidRequest(f"bad_words_ids has more than {MAX_BIASES:,} token ids in all", "bad_words_ids")
+    stops = [values.get("stop")] if isinstance(values.get("stop"), str) else values.get("stop")
+    if isinstance(stops, list | tuple) and any(isinstance(one, str) and len(one) > MAX_STOP_CHARS for one in stops):
+        raise InvalidRequest(f"a stop text has more than {MAX_STOP_CHARS} characters", "stop")
 
 
 def _token_id(token: Any) -> Any:

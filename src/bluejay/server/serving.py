@@ -23,7 +23,7 @@ from bluejay.accounts.plans import Plan
 from bluejay.accounts.store import Store
 from bluejay.engine.client import EngineClient
 from bluejay.engine.options import EngineOptions
-from bluejay.errors import ConfigError, Stopped
+from bluejay.errors import ConfigError, ModelNotFound, Stopped
 from bluejay.server.app import create_app
 from bluejay.server.auth import Door
 from bluejay.server.call import House, Life
@@ -107,6 +107,7 @@ class Server:
             metrics=metrics,
             review=self.review,
         )
+        plans = {name: _with_own_names(plan, self.models) for name, plan in plans.items()}
         door = Door(None if open_to_all else store, plans, open_to_admin=options.is_loopback)
         jobs = Jobs(
             self.service,
@@ -235,6 +236,19 @@ class Server:
             _log.warning("ending with %d requests unfinished", len(self.service.running))
         while stopping is not None and not stopping.done() and not self.house.life.hurried:
             await asyncio.wait([stopping], timeout=0.05)
+
+
+def _with_own_names(plan: Plan, models: Models) -> Plan:
+    """A plan whose models are called what they call themselves, of those that are served here."""
+    if plan.models is None:
+        return plan
+    names = []
+    for name in plan.models:
+        try:
+            names.append(models.find(name).name)
+        except ModelNotFound:
+            _log.warning("the plan %s has the model %s, which is not served here", plan.name, name)
+    return replace(plan, models=tuple(names))
 
 
 class _Http(uvicorn.Server):

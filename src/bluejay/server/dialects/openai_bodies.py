@@ -10,11 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictStr, Wi
 from bluejay.decoding.params import SamplingParams
 from bluejay.errors import InvalidRequest, UnsupportedOption
 from bluejay.server.generation import Prompt
-from bluejay.server.sampling import sampling_params
+from bluejay.server.sampling import MAX_BIASES, MAX_STOPS, sampling_params
 
 DEFAULTS = {"max_new_tokens": 16, "temperature": 1.0, "top_k": 0}  # OpenAI's; top_k has no bound there
-MAX_STOPS = 32  # OpenAI takes 4
-MAX_BIASES = 1024
 
 # OpenAI's names -> the engine's. What is in neither list has the same name.
 NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "n": "num_return_sequences"}
