@@ -146,6 +146,18 @@ def test_a_failed_answer_is_an_error(model_dir: Path, tiny_gptj: GPTJ, arguments
         _run(model_dir, *arguments, "--do-sample")
 
 
+@pytest.mark.parametrize("arguments", [["the fox"], ["the fox", "owl"]])
+def test_what_the_engine_failed_of_is_said(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("the disk is gone")
+
+    monkeypatch.setattr("bluejay.engine.runner.Runner.forward", fail)
+    with pytest.raises(EngineError, match=r"^RuntimeError: the disk is gone$"):
+        _run(model_dir, *arguments)
+
+
 def test_lines_of_jsonl_end_at_newlines_only(model_dir: Path, tmp_path: Path) -> None:
     prompt = "the\u2028fox\u0085and"
     file = tmp_path / "prompts.jsonl"

@@ -11,7 +11,7 @@ from bluejay import SamplingParams
 from bluejay.checkpoints import save
 from bluejay.engine import LLM
 from bluejay.engine.options import EngineOptions
-from bluejay.errors import CheckpointError, ContextLengthExceeded, InvalidRequest, ModelNotFound
+from bluejay.errors import CheckpointError, ContextLengthExceeded, EngineError, InvalidRequest, ModelNotFound
 from bluejay.model import CausalAttention, build
 from bluejay.model.gpt_neo import GPTNeo
 from bluejay.model.gptj import GPTJ
@@ -53,6 +53,25 @@ def test_a_seed_gives_the_same_text_whatever_else_is_in_the_batch(llm: LLM) -> N
 def test_the_stream_is_the_text(llm: LLM) -> None:
     for params in (GREEDY, SamplingParams(max_new_tokens=30, do_sample=True, temperature=2.0, seed=1)):
         assert "".join(llm.stream(PROMPTS[0], params)) == llm.generate(PROMPTS[0], params)[0].text
+
+
+def test_a_stream_that_fails_says_so(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = llm.stream(PROMPTS[0], GREEDY)
+    assert next(stream)
+    with monkeypatch.context() as patch, pytest.raises(EngineError, match="RuntimeError: the disk is gone"):
+        patch.setattr("bluejay.engine.runner.Runner._begin", _fail)
+        list(stream)
+
+
+def test_a_stream_without_tokens_says_so(llm_of: Callable[[GPTJ | GPTNeo], LLM], tiny_gptj: GPTJ) -> None:
+    with torch.no_grad():
+        tiny_gptj.lm_head.bias.fill_(float("nan"))
+    with pytest.raises(EngineError, match="no token could be chosen"):
+        list(llm_of(tiny_gptj).stream(PROMPTS[0], SamplingParams(do_sample=True)))
+
+
+def _fail(*_: object, **__: object) -> None:
+    raise RuntimeError("the disk is gone")
 
 
 def test_a_stop_text_ends_the_answer_and_is_not_part_of_it(llm: LLM) -> None:

@@ -334,9 +334,12 @@ def generation_defaults(path: Path) -> dict[str, Any]:
 
 
 def _stream(llm: LLM, prompt: str, params: SamplingParams, echo: bool) -> tuple[int, list[str]]:
-    """Print one answer as it comes; returns the number of new tokens, and the prompt if it failed."""
+    """Print one answer as it comes; returns the number of new tokens, and the prompt if no token could be chosen.
+
+    Raises: EngineError if the engine failed.
+    """
     events = llm.stream_events([prompt], params)
-    num_tokens, reason = 0, None
+    num_tokens, reason, error = 0, None, None
     if echo:
         typer.secho(prompt, bold=True, nl=False)
     sys.stdout.flush()
@@ -345,7 +348,10 @@ def _stream(llm: LLM, prompt: str, params: SamplingParams, echo: bool) -> tuple[
         reason = event.finish_reason
         sys.stdout.write(event.text)
         sys.stdout.flush()
+        error = event.error
     typer.echo()
+    if error is not None:
+        raise EngineError(error)
     return num_tokens, [_named(1, prompt)] if reason == "error" else []
 
 

@@ -172,6 +172,7 @@ def _written(
         error = {"type": type(result).__name__, "message": str(result)}
         return {"error": error | ({"param": result.param} if isinstance(result, RequestError) else {})}, 0
     if any(sequence.finish_reason == "error" for sequence in result.sequences):
-        message = "no token could be chosen: the model's scores are no numbers, or every token is banned"
-        return {"error": {"type": "EngineError", "message": message}}, 0
+        from bluejay.engine.request import NO_TOKEN
+
+        return {"error": {"type": "EngineError", "message": NO_TOKEN}}, 0
     return to_dict(result), sum(len(sequence.token_ids) for sequence in result.sequences)

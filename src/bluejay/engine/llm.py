@@ -19,7 +19,14 @@ from bluejay.decoding.params import SamplingParams
 from bluejay.engine.engine import Engine
 from bluejay.engine.network import Network
 from bluejay.engine.options import EngineOptions
-from bluejay.engine.request import GenerationEvent, GenerationRequest, RequestOutput, Score
+from bluejay.engine.request import (
+    NO_TOKEN,
+    FinishReason,
+    GenerationEvent,
+    GenerationRequest,
+    RequestOutput,
+    Score,
+)
 from bluejay.engine.scorer import Scorer
 from bluejay.errors import BluejayError, CheckpointError, ConfigError, EngineError, InvalidRequest, RequestError
 from bluejay.model.device import available_memory_bytes, choose_device, choose_dtype
@@ -190,10 +197,10 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Yield the new text of one prompt as it comes, in pieces of whole characters.
 
-        A beam search knows its text only at the end and yields it then. Raises: RequestError, before anything runs.
+        A beam search knows its text only at the end and yields it then. Raises: RequestError, before anything runs;
+        EngineError where the engine failed, or no token could be chosen.
         """
-        events = self.stream_events([prompt], params)
-        return (event.text for event in events if event.index == 0 and event.text)
+        return _texts(self.stream_events([prompt], params))
 
     def stream_events(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -312,6 +319,18 @@ def _load(
         checkpoint, dtype=chosen, device=device, trainable=trainable, on_progress=on_progress
     )
     return model, chosen, device
+
+
+def _texts(events: Iterator[GenerationEvent]) -> Iterator[str]:
+    """The pieces of one prompt's first answer. Raises: EngineError where it fails."""
+    for event in events:
+        if event.error is not None:
+            raise EngineError(event.error)
+        if event.index == 0:
+            if event.text:
+                yield event.text
+            if event.finish_reason == FinishReason.ERROR:
+                raise EngineError(NO_TOKEN)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

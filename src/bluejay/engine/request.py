@@ -13,6 +13,12 @@ from bluejay.errors import InvalidRequest
 
 __all__ = ["FinishReason", "GenerationEvent", "GenerationRequest", "RequestOutput", "Score", "SequenceOutput", "Usage"]
 
+# What is said of a FinishReason.ERROR whose event has no `error`.
+NO_TOKEN = (
+    "no token could be chosen: the model's scores are no numbers, or every token is banned; try dtype float32, "
+    "remove_invalid_values, or fewer bans"
+)
+
 
 def check_ids_are_whole(token_ids: Sequence[int], param: str) -> None:
     """Raises: InvalidRequest for what no token id can be; which ids there are the model knows."""
