@@ -65,6 +65,20 @@ def test_jsonl_rows_have_options_of_their_own(model_dir: Path, tmp_path: Path) -
     assert [len(s["token_ids"]) for s in second["sequences"]] == [8, 8]  # type: ignore[attr-defined]
 
 
+def test_a_bias_is_the_same_in_a_row_and_in_a_flag(model_dir: Path, tmp_path: Path) -> None:
+    [row] = _json(model_dir, "the fox", *GREEDY)
+    banned = row["sequences"][0]["token_ids"][0]  # type: ignore[index]
+    bias = {str(banned): -100}
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "the fox", "logit_bias": bias}))
+    by_row, by_flag = (
+        _json(model_dir, *arguments, *GREEDY)[0]["sequences"][0]["token_ids"]  # type: ignore[index]
+        for arguments in (["--file", str(file)], ["the fox", "--logit-bias", json.dumps(bias)])
+    )
+    assert by_row == by_flag
+    assert banned not in by_row
+
+
 def test_bad_rows_are_all_named(model_dir: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": 3}\nnot json\n{"prompt": "x", "temprature": 1}\n')

@@ -22,6 +22,13 @@ def test_options_decide_the_mode(options, mode):
     assert SamplingParams(**options).mode == mode
 
 
+def test_json_names_tokens_by_texts():
+    assert SamplingParams.from_json({"logit_bias": {"7": -100, 8: 1.5}, "seed": 1}).logit_bias == {7: -100, 8: 1.5}
+    for wrong in ("seven", "-7", "٧", "9" * 10, "9" * 5000):
+        with pytest.raises(InvalidRequest, match=r"logit_bias is .*, expected a table of token ids"):
+            SamplingParams.from_json({"logit_bias": {wrong: 1}})
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [

@@ -221,7 +221,7 @@ class Row:
         if own.get("num_beams", 1) != 1 and "do_sample" not in own:
             merged["do_sample"] = False  # who asks for beams gets a beam search, also of a model that draws by default
         try:
-            return SamplingParams(**merged)
+            return SamplingParams.from_json(merged)
         except RequestError as error:
             raise type(error)(f"{self.where}{error}", error.param) from None
 
@@ -249,10 +249,8 @@ def _parsed(options: dict[str, Any]) -> dict[str, Any]:
         if name in options:
             try:
                 options[name] = json.loads(options[name])
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InvalidRequest(f"{name} is no JSON: {error}", param=name) from None
-    if isinstance(bias := options.get("logit_bias"), dict):  # JSON's keys are texts
-        options["logit_bias"] = {int(token) if token.isdecimal() else token: one for token, one in bias.items()}
     return options
 
 
@@ -327,7 +325,7 @@ def generation_defaults(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         known = {name: raw[name] for name in _option_names() if raw.get(name) is not None}
-        SamplingParams(**known)
+        SamplingParams.from_json(known)
     except (OSError, ValueError, AttributeError, TypeError, RequestError) as error:
         raise ConfigError(f"{file}: {error}; mend or remove the file") from None
     return known

@@ -123,6 +123,16 @@ class SamplingParams:
             ids = (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
             object.__setattr__(self, "eos_token_id", ids)
 
+    @classmethod
+    def from_json(cls, options: Mapping[str, Any]) -> SamplingParams:
+        """Options as JSON has them, where the token ids of `logit_bias` are texts: {"50256": -100}.
+
+        Raises: InvalidRequest, with everything that is wrong at once; TypeError for an unknown name.
+        """
+        if not isinstance(bias := options.get("logit_bias"), Mapping):
+            return cls(**options)
+        return cls(**{**options, "logit_bias": {_token_id(token): value for token, value in bias.items()}})
+
     @property
     def mode(self) -> Mode:
         """How tokens are chosen: "greedy", "sample", "beam", "beam_sample" or "group_beam"."""
@@ -236,6 +246,12 @@ def _wrong_lists(params: SamplingParams) -> Iterator[tuple[str, str]]:
 
 def _is_token(value: Any) -> bool:
     return _is_whole(value) and 0 <= value < 2**31
+
+
+def _token_id(key: Any) -> Any:
+    """The token id that a text names; all else stays as it is, and is refused with the other values."""
+    is_id = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10
+    return int(key) if is_id else key
 
 
 def _is_list(value: Any, admits: Callable[[Any], bool]) -> bool:

@@ -58,9 +58,7 @@ def sampling_params(*layers: Mapping[str, Any] | None) -> SamplingParams:
             unknown[0][:100],
         )
     _check_sizes(values)
-    if isinstance(values.get("logit_bias"), Mapping):  # in JSON the keys of a table are texts
-        values["logit_bias"] = {_token_id(token): bias for token, bias in values["logit_bias"].items()}
-    return SamplingParams(**values)
+    return SamplingParams.from_json(values)
 
 
 def _check_sizes(values: Mapping[str, Any]) -> None:
@@ -75,7 +73,3 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
     stops = [values.get("stop")] if isinstance(values.get("stop"), str) else values.get("stop")
     if isinstance(stops, list | tuple) and any(isinstance(one, str) and len(one) > MAX_STOP_CHARS for one in stops):
         raise InvalidRequest(f"a stop text has more than {MAX_STOP_CHARS} characters", "stop")
-
-
-def _token_id(token: Any) -> Any:
-    return int(token) if isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 10 else token
