@@ -80,6 +80,58 @@ def test_errors_of_another_file_are_no_answers(source: Path, tmp_path: Path) -> 
         answer(source, output)
 
 
+@pytest.mark.parametrize("own", [{"prompt": "x", "top_p": 7}, {"prompt": 3}])
+def test_error_lines_of_other_prompts_are_left_alone(tmp_path: Path, own: dict) -> None:
+    """Also where there is nothing but errors; the lines that they answer are still found."""
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps(own) + "\n")
+    found = answer(source, output)
+    assert answer(source, output) == found
+    assert [set(line) for line in found] == [{"line", "error", "prompt" if own["prompt"] == "x" else "line_sha256"}]
+    for other in ({"prompt": "y", "top_p": 7}, {"prompt": 4}, {"prompt": "Once"}):
+        source.write_text(json.dumps(other) + "\n")
+        with pytest.raises(InvalidRequest, match="line 1 does not answer"):
+            answer(source, output)
+
+
+def test_error_lines_that_say_only_their_number_are_gone_on_behind(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    lines = [json.dumps({"line": 4, "error": {}})]
+    whole = [json.dumps(line) for line in answer(source, output)]
+    output.write_text("\n".join(whole[:3] + lines) + "\n")
+    assert [line["line"] for line in answer(source, output)] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13]
+    output.write_text("\n".join([json.dumps({"line": 1, "prompt": "else", "error": {}}), *whole[1:3], *lines]) + "\n")
+    with pytest.raises(InvalidRequest, match="line 1 does not answer"):
+        answer(source, output)
+
+
+def test_a_line_that_no_reader_or_writer_takes_is_an_error_line(tmp_path: Path) -> None:
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    lines = [
+        "[" * 200_000,
+        '{"prompt": "Once", "\\ud800": 1}',
+        '{"prompt": "\\ud800"}',
+        '{"prompt": "Once", "stop": "\\ud800"}',
+    ]
+    source.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+    first, second, third, fourth = found = answer(source, output)
+    assert "line 1 is not a JSON object" in first["error"]["message"]
+    assert r"line 2: unknown option '\ud800'" in second["error"]["message"]
+    assert "lone surrogate" in third["error"]["message"]
+    assert third["prompt"] == "\ud800"
+    assert fourth["sequences"]
+    assert answer(source, output) == found
+
+
+def test_the_mark_that_some_editors_begin_a_file_with_is_no_text(tmp_path: Path) -> None:
+    source = tmp_path / "prompts.jsonl"
+    source.write_text('{"prompt": "Once"}\n', encoding="utf-8-sig")
+    [line] = answer(source, tmp_path / "out.jsonl")
+    assert line["prompt"] == "Once"
+    done = CliRunner().invoke(app, ["generate", "--file", str(source), "--json", *OPTIONS])
+    assert json.loads(done.stdout)["prompt"] == "Once"
+
+
 def test_an_output_longer_than_its_source_is_refused(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     answer(source, output)

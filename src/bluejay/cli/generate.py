@@ -280,7 +280,7 @@ def _stdin() -> str:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark that is no text
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{file}: not readable as text: {error}", param="file") from None
 
@@ -299,16 +299,22 @@ def _jsonl(text: str, file: Path) -> list[Row]:
 
 def row_of(line: str, number: int, file: Path) -> tuple[Row | None, list[str]]:
     """A line of a .jsonl file, and what is wrong with it."""
-    try:
-        options = json.loads(line)
-        prompt = options.pop("prompt")
-        if not isinstance(prompt, str):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError):
+    options = read_row(line)
+    if options is None:
         return None, [f'line {number} is not a JSON object with a string "prompt"']
-    unknown = sorted(options.keys() - set(_option_names()))
-    problems = [f"line {number}: unknown option {', '.join(unknown)}"] if unknown else []
+    prompt = options.pop("prompt")
+    unknown = [repr(name[:100]) for name in sorted(options.keys() - set(_option_names()))]
+    problems = [f"line {number}: unknown option {', '.join(unknown[:8])}"] if unknown else []
     return Row(prompt, options, f"{file}: line {number}: "), problems
+
+
+def read_row(line: str) -> dict[str, Any] | None:
+    """The prompt and the options of a line; None if it is not a JSON object with a string "prompt"."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # the latter of what is nested too deeply
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("prompt"), str) else None
 
 
 def generation_defaults(path: Path) -> dict[str, Any]:

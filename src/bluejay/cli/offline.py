@@ -6,13 +6,14 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from bluejay.cli.generate import Row, as_dict, check_options, generation_defaults, row_of
+from bluejay.cli.generate import Row, as_dict, check_options, generation_defaults, read_row, row_of
 from bluejay.errors import BluejayError, InvalidRequest, RequestError
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def num_done(output: Path, source: Path) -> int:
     if not output.exists():
         return 0
     count, size = 0, 0
-    with output.open("rb") as done, source.open(encoding="utf-8") as asked:
+    with output.open("rb") as done, _open(source) as asked:
         lines = _numbered(asked)
         for line in done:
             if not line.endswith(b"\n"):
@@ -107,10 +108,10 @@ def _check_belongs(line: bytes, asked_number: int, asked: str, output: Path, sou
     """Check that a line of the output answers the line of the source that stands in its place."""
     try:
         answered = json.loads(line)
-        fits = answered["line"] == asked_number and (
-            "error" in answered or answered["prompt"] == json.loads(asked)["prompt"]
-        )
-    except (ValueError, KeyError, TypeError):
+        named = {name: answered[name] for name in _NAMES if name in answered}
+        # Error lines of earlier versions say nothing but their number.
+        fits = answered["line"] == asked_number and (named == _named(asked) or (not named and "error" in answered))
+    except (ValueError, KeyError, TypeError, RecursionError):
         fits = False
     if not fits:
         raise InvalidRequest(
@@ -118,10 +119,23 @@ def _check_belongs(line: bytes, asked_number: int, asked: str, output: Path, sou
         )
 
 
+_NAMES = ("prompt", "line_sha256")
+
+
+def _named(asked: str) -> dict[str, str]:
+    """What tells a line of the source from others: its prompt; where it has none, the hash of its text."""
+    row = read_row(asked)
+    return {"line_sha256": sha256(asked.strip().encode()).hexdigest()} if row is None else {"prompt": row["prompt"]}
+
+
 def count_lines(source: Path) -> int:
     """Lines that hold something."""
-    with source.open(encoding="utf-8") as lines:
+    with _open(source) as lines:
         return sum(1 for _ in _numbered(lines))
+
+
+def _open(source: Path) -> TextIO:
+    return source.open(encoding="utf-8-sig")  # some editors begin a file with a mark that is no text
 
 
 def _numbered(lines: Iterator[str]) -> Iterator[tuple[int, str]]:
@@ -146,22 +160,26 @@ def _run(
         to_dict: what is written of an output.
         on_line: called with the new tokens of each line, and whether it failed.
     """
-    numbers: deque[int] = deque()  # of the lines that are on their way
-    with source.open(encoding="utf-8") as lines, output.open("a", encoding="utf-8") as out:
+    on_their_way: deque[tuple[int, str]] = deque()  # number and text of lines
+    # Half a character in a prompt is written as JSON escapes it: \ud800.
+    with _open(source) as lines, output.open("a", encoding="utf-8", errors="backslashreplace") as out:
 
         def prompts() -> Iterator[Line | BluejayError]:
             for number, line in islice(_numbered(lines), skip, None):
-                numbers.append(number)
+                on_their_way.append((number, line))
                 try:
                     yield parse(line, number)
                 except BluejayError as error:
                     yield error
 
         for result in llm.generate_each(prompts()):
+            number, line = on_their_way.popleft()
             written, num_tokens = _written(result, to_dict)
-            out.write(json.dumps({"line": numbers.popleft(), **written}, ensure_ascii=False) + "\n")
+            if failed := "error" in written:
+                written = {**_named(line), **written}
+            out.write(json.dumps({"line": number, **written}, ensure_ascii=False) + "\n")
             out.flush()
-            on_line(num_tokens, "error" in written)
+            on_line(num_tokens, failed)
 
 
 def _written(
