@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -373,8 +374,9 @@ def test_options_are_checked_all_at_once() -> None:
         EngineOptions(max_num_sequences=0, max_stall=0.5, cache_dtype="int3")
     with pytest.raises(ConfigError, match=r"max_stall is '2'.*cache_memory_bytes is '4 GB'.*prefix_cache is 'no'"):
         EngineOptions(max_stall="2", cache_memory_bytes="4 GB", prefix_cache="no")
-    with pytest.raises(ConfigError, match="max_stall is nan"):
-        EngineOptions(max_stall=float("nan"))
+    for endless in (math.nan, math.inf, 1e300, 10**400):
+        with pytest.raises(ConfigError, match=r"max_stall is .*, expected a number above 1 to 1,000,000, or 0"):
+            EngineOptions(max_stall=endless)
 
 
 def test_any_text_names_a_tenant(tiny_gptj) -> None:

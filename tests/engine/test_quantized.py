@@ -57,6 +57,14 @@ def test_a_stored_model_opens_as_stored_or_as_floats(int8_dir: Path) -> None:
         LLM(int8_dir, dtype="int4")
 
 
+def test_the_draft_is_where_its_model_is(int8_dir: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = LLM(int8_dir).generate("the fox", PARAMS)[0].token_ids
+    monkeypatch.setattr(
+        "bluejay.engine.llm.choose_device", lambda name: torch.device("meta" if name == "auto" else name)
+    )
+    assert LLM(int8_dir, draft=model_dir).generate("the fox", PARAMS)[0].token_ids == expected
+
+
 def test_quantised_models_stay_on_the_cpu(int8_dir: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -106,7 +106,9 @@ class LLM:
                 f"{draft}: the draft model has other tokens than {self.name}; take one that was trained with the same "
                 'tokenizer, or "ngram"'
             )
-        model, draft_dtype, draft_device = _load_to_serve(path, dtype, device, None)
+        # What is quantised runs on the CPU beside a GPU, and its draft with it.
+        beside = "cpu" if self.device.type == "cpu" else device
+        model, draft_dtype, draft_device = _load_to_serve(path, dtype, beside, None)
         return Network(model, tokenizer, device=draft_device, dtype=draft_dtype)
 
     def generate(

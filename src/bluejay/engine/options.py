@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # a server holds options and does without torch: what asks fo
 
 CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8")  # PyTorch's names
 CACHE_SHARE = 0.5  # of what is free: the rest is for a step's activations, and for whoever else is on the machine
+MOST_STALL = 1_000_000  # times: what it allows is counted in tokens, and infinity cannot be
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class EngineOptions:
         max_batch_tokens: tokens that a step reads; prompts are read in chunks that leave room for those that decode.
         max_stall: how many times as long as a step without prompts a step may take while sequences decode. Chunks of
             prompts are cut accordingly, but not below what fits into 20 ms; 0 lets them be as long as
-            `max_batch_tokens` says.
+            `max_batch_tokens` says. At most 1,000,000.
         cache_memory_bytes: of the keys and values; None: half of what is free, but not more than `max_num_sequences`
             whole contexts take.
         cache_dtype: of keys and values: "float32", "float16", "bfloat16", "int8", which holds nearly twice as many
@@ -50,8 +51,10 @@ class EngineOptions:
             for name, least in (("max_num_sequences", 1), ("max_batch_tokens", 1), ("block_size", 1))
             if type(getattr(self, name)) is not int or getattr(self, name) < least
         ]
-        if type(self.max_stall) not in (int, float) or not (self.max_stall == 0 or self.max_stall > 1):
-            problems.append(f"max_stall is {self.max_stall!r}, expected a number above 1, or 0 for no limit")
+        if type(self.max_stall) not in (int, float) or not (self.max_stall == 0 or 1 < self.max_stall <= MOST_STALL):
+            problems.append(
+                f"max_stall is {self.max_stall!r}, expected a number above 1 to {MOST_STALL:,}, or 0 for no limit"
+            )
         if self.cache_memory_bytes is not None and (
             type(self.cache_memory_bytes) is not int or self.cache_memory_bytes < 1
         ):
