@@ -122,6 +122,12 @@ def test_every_sampling_option_is_a_flag() -> None:
     assert [name for name in names if f"--{name}" not in help_text] == []
 
 
+@pytest.mark.parametrize("how", ["--json", "--output=answers.jsonl"])
+def test_only_text_can_do_without_its_prompt(model_dir: Path, how: str) -> None:
+    with pytest.raises(InvalidRequest, match="--no-echo is for text"):
+        _run(model_dir, "the fox", "--no-echo", how)
+
+
 def test_logprobs_need_json(model_dir: Path) -> None:
     with pytest.raises(InvalidRequest, match="--json"):
         _run(model_dir, "the fox", "--logprobs", "1")

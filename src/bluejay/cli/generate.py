@@ -157,6 +157,8 @@ def generate(
         bluejay generate --file prompts.jsonl --model ./gpt-j-6b --output answers.jsonl
     """
     given = {name: value for name, value in locals().items() if value is not None}
+    if not echo and (as_json or output is not None):
+        raise InvalidRequest("--no-echo is for text; --json and --output give the prompt a field of its own", "echo")
     rows = [] if output is not None else list(_rows(prompts or [], file))
     options = _parsed({name: given[name] for name in _option_names() if name in given})
     if not as_json and output is None:
