@@ -56,7 +56,7 @@ def create(
     typer.echo(created.text)
     typer.echo(
         "Keep it now: it is shown this once and cannot be had again. To use it:\n"
-        f'  curl -H "Authorization: Bearer {created.text}" http://127.0.0.1:8000/v1/models',
+        '  curl -H "Authorization: Bearer $KEY" http://127.0.0.1:8000/v1/models',
         err=True,
     )
 
