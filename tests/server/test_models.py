@@ -19,6 +19,7 @@ from bluejay.server.options import ModelOptions
 class FakeFacts:
     path = str(DEFAULT_MODEL_DIR)
     n_positions = 1024
+    num_cache_tokens = 4096
 
 
 class FakeEngine:
@@ -44,6 +45,17 @@ class FakeEngine:
 def served(*engines: FakeEngine) -> ServedModel:
     make: Callable[[], FakeEngine] = iter(engines).__next__
     return ServedModel(ModelOptions("jay", "default"), make, Gate(1, 1))
+
+
+def test_the_log_says_what_is_ready(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        engine.may_start.set()
+        await served(engine).begin()
+
+    with caplog.at_level("INFO", "bluejay"):
+        asyncio.run(scenario())
+    assert "jay is ready: default, 1024 positions, keys and values of 4096 tokens" in caplog.messages
 
 
 def test_one_that_could_not_be_loaded_is_tried_again() -> None:

@@ -140,7 +140,13 @@ class ServedModel:
         except BluejayError as error:
             _log.error("%s cannot be served: %s", self.name, error)
             raise
-        _log.info("%s is ready: %s, %d positions", self.name, self.options.source, facts.n_positions)
+        _log.info(
+            "%s is ready: %s, %d positions, keys and values of %d tokens",
+            self.name,
+            self.options.source,
+            facts.n_positions,
+            facts.num_cache_tokens,
+        )
 
     def opened(self) -> tuple[Tokenizer, Facts]:
         """What it has opened. Raises: Overloaded while it is not ready, Stopped if it will not be by itself."""
