@@ -337,9 +337,14 @@ class Store:
 
     def export_flagged(self, status: str | None = None) -> Iterator[FlaggedRecord]:
         """All generations of that status by id, read page by page."""
+        for page in self.flagged_pages(status):
+            yield from page
+
+    def flagged_pages(self, status: str | None = None) -> Iterator[list[FlaggedRecord]]:
+        """The same as pages, none of them empty, each read when it is asked for."""
         after = 0
         while page := self.list_flagged(status, after=after, limit=500):
-            yield from page
+            yield page
             after = page[-1].id
 
     def _insert(self, table: Any) -> Any:

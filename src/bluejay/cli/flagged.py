@@ -5,27 +5,23 @@ from __future__ import annotations
 import getpass
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from bluejay.cli.accounts import DatabaseOption, open_store
+
 if TYPE_CHECKING:
     from rich.table import Table
 
     from bluejay.accounts.records import FlaggedRecord
-    from bluejay.accounts.store import Store
 
 flagged = typer.Typer(no_args_is_help=True, help="Look through what filters found: list, accept, reject, export.")
 
 SHOWN_CHARS = 60  # of a text in the list
 
-Database = Annotated[
-    str | None, typer.Option(help="postgresql://… or a file; SQLite in your home if none.", show_default=False)
-]
 Ids = Annotated[
     list[int], typer.Argument(min=1, max=2**63 - 1, metavar="ID…", help="As the list shows them.", show_default=False)
 ]
@@ -39,7 +35,7 @@ def list_flagged(
     after: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Ids above this one.")] = 0,
     limit: Annotated[int, typer.Option(min=1, max=500, help="At most so many.")] = 50,
     as_json: Annotated[bool, typer.Option("--json", help="Print them whole, as JSON.")] = False,
-    database: Database = None,
+    database: DatabaseOption = None,
 ) -> None:
     """List flagged generations, those first that came first.
 
@@ -49,7 +45,7 @@ def list_flagged(
 
         bluejay flagged list --status rejected --json
     """
-    with _store(database) as store:
+    with open_store(database) as store:
         found = store.list_flagged(None if status == "all" else status, after=after, limit=limit)
     if as_json:
         typer.echo(json.dumps([_as_json(record) for record in found], indent=2, ensure_ascii=False))
@@ -64,7 +60,7 @@ def list_flagged(
 
 
 @flagged.command("accept")
-def accept(ids: Ids, note: Note = None, reviewer: Reviewer = None, database: Database = None) -> None:
+def accept(ids: Ids, note: Note = None, reviewer: Reviewer = None, database: DatabaseOption = None) -> None:
     """Say that generations were harmless.
 
     [bold]Example[/bold]
@@ -75,7 +71,7 @@ def accept(ids: Ids, note: Note = None, reviewer: Reviewer = None, database: Dat
 
 
 @flagged.command("reject")
-def reject(ids: Ids, note: Note = None, reviewer: Reviewer = None, database: Database = None) -> None:
+def reject(ids: Ids, note: Note = None, reviewer: Reviewer = None, database: DatabaseOption = None) -> None:
     """Say that generations should not have been.
 
     [bold]Example[/bold]
@@ -89,7 +85,7 @@ def reject(ids: Ids, note: Note = None, reviewer: Reviewer = None, database: Dat
 def export(
     output: Annotated[Path | None, typer.Option(help="A file of JSON lines; stdout if none.")] = None,
     status: Annotated[str, typer.Option(help="pending, accepted, rejected or all.")] = "all",
-    database: Database = None,
+    database: DatabaseOption = None,
 ) -> None:
     """Write flagged generations out, a line of JSON each.
 
@@ -98,7 +94,7 @@ def export(
         bluejay flagged export --status accepted --output accepted.jsonl
     """
     wanted = None if status == "all" else status
-    with _store(database) as store:
+    with open_store(database) as store:
         lines = (json.dumps(_as_json(record), ensure_ascii=False) + "\n" for record in store.export_flagged(wanted))
         if output is None:
             sys.stdout.writelines(lines)
@@ -111,7 +107,7 @@ def export(
 def _review(
     ids: list[int], verdict: Literal["accepted", "rejected"], note: str | None, reviewer: str | None, url: str | None
 ) -> None:
-    with _store(url) as store:
+    with open_store(url) as store:
         for number in ids:
             record = store.review_flagged(number, verdict, reviewer=reviewer or _me(), note=note)
             typer.echo(f"{record.id} {record.status} by {record.reviewer}")
@@ -122,18 +118,6 @@ def _me() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
         return "somebody"
-
-
-@contextmanager
-def _store(database: str | None) -> Iterator[Store]:
-    from bluejay.accounts.store import Store
-    from bluejay.settings import load_settings
-
-    store = Store.open(load_settings({"database": database}).database or None)
-    try:
-        yield store
-    finally:
-        store.close()
 
 
 def _as_json(record: FlaggedRecord) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, date, datetime, time
 from typing import Annotated, Any, Literal, TypeVar
@@ -336,22 +336,20 @@ async def _find_flagged(call: Call) -> FlaggedRecord:
 @access(Access.ADMIN)
 async def export_flagged(call: TheCall) -> Response:
     """All of them, page by page; should the database go away meanwhile, the last line says so."""
-    status = _query(call, ExportWanted).status
-
-    def page(after: int) -> list[FlaggedRecord]:
-        return call.house.store.list_flagged(status, after=after, limit=PAGE)
-
-    first = await asyncio.to_thread(page, 0)  # before the answer begins: it can still be 503
-    return StreamingResponse(_lines(call, page, first), media_type="application/jsonl")
+    pages = call.house.store.flagged_pages(_query(call, ExportWanted).status)
+    first: list[FlaggedRecord] = await asyncio.to_thread(
+        next, pages, []
+    )  # before the answer begins: it can still be 503
+    return StreamingResponse(_lines(call, pages, first), media_type="application/jsonl")
 
 
 async def _lines(
-    call: Call, page: Callable[[int], list[FlaggedRecord]], records: list[FlaggedRecord]
+    call: Call, pages: Iterator[list[FlaggedRecord]], records: list[FlaggedRecord]
 ) -> AsyncIterator[bytes]:
     while records:
         yield b"".join(json.dumps(_told(record), ensure_ascii=False).encode() + b"\n" for record in records)
         try:
-            records = await asyncio.to_thread(page, records[-1].id)
+            records = await asyncio.to_thread(next, pages, [])
         except BluejayError as error:
             note_failure(error, call.caller.request_id)
             yield json.dumps(render(failure_of(error))).encode() + b"\n"
