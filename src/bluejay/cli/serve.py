@@ -29,14 +29,19 @@ def serve(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL…]",
-            help="Paths or names, or NAME=PATH, or names of [models.NAME]; the default model if none.",
+            metavar="MODEL",
+            help="Paths or names, or NAME=PATH, or names of \\[models.NAME]; the default model if none.",
         ),
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Where to listen.", rich_help_panel=ADDRESS)] = None,
-    port: Annotated[int | None, typer.Option(help="0: any free one.", rich_help_panel=ADDRESS)] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Where to listen.", show_default="127.0.0.1", rich_help_panel=ADDRESS)
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="0: any free one.", show_default="8000", rich_help_panel=ADDRESS)
+    ] = None,
     grpc_port: Annotated[
-        int | None, typer.Option(help="Open Inference over gRPC; -1: not at all.", rich_help_panel=ADDRESS)
+        int | None,
+        typer.Option(help="Open Inference over gRPC; -1: not at all.", show_default="8081", rich_help_panel=ADDRESS),
     ] = None,
     insecure: Annotated[
         bool | None, typer.Option("--insecure", help="Serve other machines without a key.", rich_help_panel=ADDRESS)
@@ -58,12 +63,18 @@ def serve(
         str | None, typer.Option(help="Guess ahead: auto, ngram, or a model.", rich_help_panel=MODEL)
     ] = None,
     max_running: Annotated[
-        int | None, typer.Option(help="Sequences that a model works on together.", rich_help_panel=LOAD)
+        int | None,
+        typer.Option(help="Sequences that a model works on together.", show_default="64", rich_help_panel=LOAD),
     ] = None,
-    max_queue: Annotated[int | None, typer.Option(help="Sequences that may wait.", rich_help_panel=LOAD)] = None,
-    request_timeout: Annotated[float | None, typer.Option(help="Seconds.", rich_help_panel=LOAD)] = None,
+    max_queue: Annotated[
+        int | None, typer.Option(help="Sequences that may wait.", show_default="256", rich_help_panel=LOAD)
+    ] = None,
+    request_timeout: Annotated[
+        float | None, typer.Option(help="Seconds.", show_default="600", rich_help_panel=LOAD)
+    ] = None,
     drain: Annotated[
-        float | None, typer.Option(help="Seconds that running requests get at the end.", rich_help_panel=LOAD)
+        float | None,
+        typer.Option(help="Seconds that running requests get at the end.", show_default="30", rich_help_panel=LOAD),
     ] = None,
     database: Annotated[
         str | None,
@@ -88,9 +99,10 @@ def serve(
         Path | None, typer.Option(help="Written when all models are ready: its URLs as JSON.", rich_help_panel=ADDRESS)
     ] = None,
 ) -> None:
-    """Serve GPT-J and GPT-Neo: KServe, Open Inference, Baseten, Neuro and OpenAI, on one port.
+    r"""Serve GPT-J and GPT-Neo: KServe, Open Inference, Baseten, Neuro and OpenAI, on one port.
 
-    What flags do not say, the settings file may: [server], [engine], [models.NAME], [plans.NAME], [filters.NAME].
+    What flags do not say, the settings file may: \[server], \[engine], \[models.NAME], \[plans.NAME],
+    \[filters.NAME].
     """
     settings = load_settings({"dtype": dtype, "device": device, "threads": threads, "database": database})
     flags = {

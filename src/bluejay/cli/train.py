@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def train(
     config: Annotated[Path, typer.Argument(help="The recipe, a TOML file.", show_default=False)],
     output_dir: Annotated[Path | None, typer.Option(help="Replaces the recipe's output_dir.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Replaces the recipe's [data] dir.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Replaces the recipe's \\[data] dir.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over: removes the run's checkpoints.")] = False,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,
