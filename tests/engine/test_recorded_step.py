@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,10 +14,13 @@ from torch import Tensor
 
 from bluejay import SamplingParams, ops
 from bluejay.engine import recorded_step
+from bluejay.engine.engine import Engine
 from bluejay.engine.kernel_cache import KernelCache
+from bluejay.engine.network import Network
 from bluejay.engine.plain import PlainEngine
 from bluejay.engine.recorded_step import MOST_ROWS, RecordedStep, decode
 from bluejay.engine.request import GenerationRequest
+from bluejay.engine.speculation import Lengths, NgramSpeculation
 from bluejay.model import ModelConfig, build
 from bluejay.model.quantized import random_quantized
 
@@ -138,6 +142,29 @@ def test_an_engine_chooses_the_tokens_it_chose_without(
     assert beams > 1 or len(replays) > 30
     monkeypatch.setattr(recorded_step, "MOST_ROWS", 0)
     assert [answer.token_ids for answer in engine.generate(requests)] == found
+
+
+@pytest.mark.parametrize("config", [GPTJ_CONFIG, GPT_NEO_CONFIG], ids=["gptj", "gpt_neo"])
+def test_guesses_and_prompts_leave_a_recording(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the plain steps behind each would be slow, and guesses look cheap beside them."""
+    network, places = Network(random_quantized(config, 8)), itertools.count(1)
+    request = GenerationRequest([7, 8, 9, 7, 8, 9], SamplingParams(max_new_tokens=60, ignore_eos=True))
+    late = GenerationRequest([5] * 20, SamplingParams(max_new_tokens=1))
+    wanted = Engine(network).generate([request])[0].token_ids
+    monkeypatch.setattr(Lengths, "best", lambda *_: 2 if next(places) % 4 == 0 else 0)
+    monkeypatch.setattr(NgramSpeculation, "_follower", lambda *_: 0)  # it guesses what the prompt begins with
+    recorded: list[int] = []
+    monkeypatch.setattr(RecordedStep, "__init__", _counted(RecordedStep.__init__, recorded))
+    engine = Engine(network, draft="ngram")
+    engine.add(request)
+    found: list[int] = []
+    while engine.has_work:
+        if len(found) == 30:
+            engine.add(late)
+        found += [token for event in engine.step() if event.request == 0 for token in event.token_ids]
+    assert engine.statistics().drafted_tokens > 5
+    assert found == wanted
+    assert len(recorded) == 1
 
 
 def _counted(function: Callable[..., None], calls: list[int]) -> Callable[..., None]:

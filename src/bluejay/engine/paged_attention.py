@@ -13,24 +13,39 @@ class PagedAttention:
     """An `Attend` over the paged cache. Shapes (T tokens, H heads, K head dim): q, k, v [T, H, K] or [T, 1, H, K].
 
     Attributes:
-        settled: whether this step's tables lie where the last step's did: only the numbers in them are new.
-        recorded: a step that was recorded with them; None once they have moved.
+        settled: whether this step's tables lie where the last step's did, or a recorded one's: only the numbers in them
+            are new.
     """
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
         self._tensors: tuple[Tensor, ...] = ()
         self.settled = False
-        self.recorded: object | None = None  # of recorded_step.py, which knows this file
+        self._recorded: object | None = None  # of recorded_step.py, which knows this file
+        self._recorded_tensors: tuple[Tensor, ...] = ()
+
+    @property
+    def recorded(self) -> object | None:
+        """The step that was recorded with this step's tables; None if there is none.
+
+        The last one is kept while steps of other shapes come in between, as guesses and chunks of prompts do.
+        """
+        return self._recorded if self._tensors is self._recorded_tensors else None
+
+    @recorded.setter
+    def recorded(self, step: object | None) -> None:
+        self._recorded, self._recorded_tensors = step, self._tensors
 
     def begin(self, batch: ForwardBatch) -> None:
         """Say where the tokens of the next step stand."""
-        self.settled = [t.shape for t in self._tensors] == [t.shape for t in batch.tensors]
-        if not self.settled:
-            self._tensors, self.recorded = batch.tensors, None
-            return
-        for mine, new in zip(self._tensors, batch.tensors, strict=True):
-            mine.copy_(new)
+        shapes = [t.shape for t in batch.tensors]
+        for tensors in (self._recorded_tensors, self._tensors):
+            if [t.shape for t in tensors] == shapes:
+                self._tensors, self.settled = tensors, True
+                for mine, new in zip(tensors, batch.tensors, strict=True):
+                    mine.copy_(new)
+                return
+        self._tensors, self.settled = batch.tensors, False
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
         """Write k and v into their slots, then attend; see `Attend`."""

@@ -92,6 +92,7 @@ def decode(model: LanguageModel, input_ids: Tensor, positions: Tensor, cache: Re
     if not cache.settled or len(input_ids) > MOST_ROWS or ops.voice() == ops.REFERENCE:
         return _logits(model, inputs, cache)
     if not isinstance(step, RecordedStep):
+        cache.recorded = None  # before new memory is taken: an older one, of other rows, holds its own
         cache.recorded = step = RecordedStep(model, inputs, cache)
     elif step.calls is None:
         return _logits(model, inputs, cache)
