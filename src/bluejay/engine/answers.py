@@ -12,7 +12,7 @@ from torch import Tensor
 from bluejay.decoding.beam import Answer
 from bluejay.decoding.sampler import TokenLogprobs, choose, token_logprobs
 from bluejay.decoding.stopping import FinishReason
-from bluejay.engine.request import GenerationEvent, Usage
+from bluejay.engine.request import EmbeddingEvent, GenerationEvent, Usage
 from bluejay.engine.runner import Runner
 from bluejay.engine.scheduler import Part, Schedule, Scheduler
 from bluejay.engine.scorer import LOGITS_CHUNK
@@ -65,7 +65,9 @@ class Answers:
         for part in schedule.parts:
             self._score(part, hidden[row : row + part.num_tokens])
             self._scheduler.computed(part.sequence, part.num_tokens)
-            if part.end == part.sequence.num_tokens:
+            if part.sequence.request.embeds:
+                self._embed(part, hidden[row : row + part.num_tokens], events)
+            elif part.end == part.sequence.num_tokens:
                 ready.append((part, len(rows)))
                 last = row + part.num_tokens - 1
                 rows.extend(range(last, last + 1 + len(part.drafts)))
@@ -257,6 +259,22 @@ class Answers:
             until = min(begin + LOGITS_CHUNK, end)
             logits = self._runner.network.logits(hidden[begin - part.start : until - part.start])
             sequence.logprobs += token_logprobs(logits, sequence.token_ids[begin + 1 : until + 1], num_top)
+
+    def _embed(self, part: Part, hidden: Tensor, events: list[GenerationEvent]) -> None:
+        """Add up the hidden states of a part of a text, [num_tokens, n_embd]; behind its last one the text ends."""
+        sequence, request = part.sequence, part.sequence.request
+        new = hidden[max(0, sequence.num_summed - part.start) :]  # a text that was preempted is read again
+        if len(new):
+            own = new.float().sum(0)
+            sequence.hidden_sum = own if sequence.hidden_sum is None else sequence.hidden_sum + own
+            sequence.num_summed += len(new)
+        if part.end == sequence.num_tokens:
+            assert sequence.hidden_sum is not None
+            vector = (sequence.hidden_sum / sequence.num_tokens).cpu()
+            [ended] = self.end(request, FinishReason.STOP)
+            events.append(
+                EmbeddingEvent(request.id, 0, [], finish_reason=ended.finish_reason, usage=ended.usage, vector=vector)
+            )
 
     def _usage(self, request: Request) -> Usage:
         first, last = request.first_token_s, self._clock()

@@ -198,7 +198,8 @@ class EngineClient:
         try:
             return await question.answer
         finally:
-            self._asked.pop(number, None)
+            if self._asked.pop(number, None) is not None and self._worker is not None:
+                self._worker.send(Cancel(number))
 
     def _ask(self, asked: _Stream | _Question, message: Callable[[int], Message]) -> int:
         """Send a message to the worker, if there is one, under a number of its own. Raises: ProtocolError."""

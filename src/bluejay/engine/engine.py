@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -33,6 +33,8 @@ from bluejay.engine.sequence import Request, Sequence
 from bluejay.engine.speculation import ModelSpeculation, NgramSpeculation, NoSpeculation, Speculation
 from bluejay.engine.statistics import Statistics
 from bluejay.errors import ConfigError, EngineError, InvalidRequest
+
+Asked = TypeVar("Asked")
 
 
 class Engine:
@@ -97,9 +99,22 @@ class Engine:
             inbox: where its events go, whoever calls `step`; None: `step` returns them.
         Raises: RequestError if it cannot be served; InvalidRequest with the numbers if it can never fit into the cache.
         """
-        prepared = self._prepare_all([asked])
+        prepared = self._prepare_all([asked], self._prepare)
         self._begin(prepared, inbox)
         return prepared[0].id
+
+    def add_texts(self, texts: Seq[Seq[int]], inbox: deque[GenerationEvent]) -> list[int]:
+        """Take texts of which embeddings are wanted; returns the numbers by which their events name them.
+
+        They are read in chunks, as prompts are. Each brings one event: an `EmbeddingEvent`, or how else it ended.
+
+        Args:
+            inbox: where the events go.
+        Raises: RequestError if one of them cannot be read, before anything runs.
+        """
+        prepared = self._prepare_all(texts, self._prepare_text)
+        self._begin(prepared, inbox)
+        return [request.id for request in prepared]
 
     def cancel(self, number: int) -> None:
         """End a request at the next step, which frees its blocks; nothing happens if it has ended."""
@@ -137,7 +152,7 @@ class Engine:
         Who stops listening cancels what still runs. Raises: RequestError for the first request that cannot be served,
         before anything runs.
         """
-        return self._events(self._prepare_all(requests))
+        return self._events(self._prepare_all(requests, self._prepare))
 
     def generate(self, requests: Seq[GenerationRequest]) -> list[RequestOutput]:
         """Run all requests to their end; the outputs are in the order of the requests.
@@ -219,9 +234,9 @@ class Engine:
             self._inboxes.pop(event.request, None)
         return inbox is not None
 
-    def _prepare_all(self, requests: Iterable[GenerationRequest]) -> list[Request]:
+    def _prepare_all(self, requests: Iterable[Asked], prepare: Callable[[int, Asked], Request]) -> list[Request]:
         with self._lock:
-            prepared = [self._prepare(self._num_requests + place, asked) for place, asked in enumerate(requests)]
+            prepared = [prepare(self._num_requests + place, asked) for place, asked in enumerate(requests)]
             self._num_requests += len(prepared)
         return prepared
 
@@ -251,6 +266,18 @@ class Engine:
         if asked.params.prompt_logprobs is not None:
             root.score_from = 0
         request.sequences = [root]
+        return request
+
+    def _prepare_text(self, number: int, text: Seq[int]) -> Request:
+        prompt = self.network.prepare_text(number, text)
+        if len(text) > self.num_cache_tokens:
+            raise InvalidRequest(
+                f"the text has {len(text)} tokens to read, and the cache holds {self.num_cache_tokens}; shorten it, or "
+                "give the cache more memory",
+                "text",
+            )
+        request = Request(number, GenerationRequest(prompt.history, prompt.params), prompt, embeds=True)
+        request.sequences = [Sequence(request, 0, prompt.history)]
         return request
 
     def _compute(self, schedule: Schedule, began: float, events: list[GenerationEvent]) -> None:

@@ -231,10 +231,14 @@ class LLM:
             texts: one text, or several; each of several may come as token ids.
         Returns: [n, n_embd] float32, on the CPU. Raises: RequestError for an empty or too long text.
         """
-        listed: Sequence[Prompt] = [texts] if isinstance(texts, str) else texts
-        return self._scorer.embed(
-            [self.tokenizer.encode(text) if isinstance(text, str) else _ids(text) for text in listed]
-        )
+        return self._scorer.embed(self.encode_texts([texts] if isinstance(texts, str) else texts))
+
+    def encode_texts(self, texts: Sequence[Prompt]) -> list[list[int]]:
+        """The token ids of texts that are to be embedded; none for an empty one.
+
+        Raises: InvalidRequest for what is neither a text nor whole numbers.
+        """
+        return [self.tokenizer.encode(text) if isinstance(text, str) else _ids(text) for text in texts]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids that a prompt begins with; <|endoftext|> for an empty text.

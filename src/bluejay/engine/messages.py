@@ -67,7 +67,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class Cancel:
-    """To the worker: end this request; nothing happens if it has ended."""
+    """To the worker: end this request or question; nothing happens if it has ended."""
 
     number: int
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bluejay.decoding.params import SamplingParams
 from bluejay.decoding.processors import processors_for
 from bluejay.decoding.sampler import Choice
 from bluejay.decoding.stopping import new_token_limit
 from bluejay.engine.continuation import Continuation
 from bluejay.engine.request import GenerationRequest
-from bluejay.errors import InvalidRequest, UnsupportedOption
+from bluejay.errors import ContextLengthExceeded, InvalidRequest, UnsupportedOption
 from bluejay.model import LanguageModel
 from bluejay.model.kernels import works_by_kernels
 from bluejay.model.quantized import Quantization
@@ -72,6 +73,30 @@ class Network:
         size = self.model.config.vocab_size
         if wrong := sorted({token for token in token_ids if not 0 <= token < size}):
             raise InvalidRequest(f"the prompt holds token ids {wrong[:10]}, expected 0 to {size - 1}", "prompt")
+
+    def prepare_text(self, place: int, text: Sequence[int]) -> Continuation:
+        """Check a text that is to be embedded; what it brings has no token. Raises: as `check_text`."""
+        self.check_text(text)
+        return Continuation(place, 0, list(text), SamplingParams(), (), 0, Choice(), None)
+
+    def check_text(self, text: Sequence[int]) -> None:
+        """Check a text that is to be embedded.
+
+        Raises: InvalidRequest if it has no token or one that the model does not have, ContextLengthExceeded if it has
+            too many.
+        """
+        self.check_ids(text)
+        if not text:
+            raise InvalidRequest("a text has no token; nothing can be embedded", "text")
+        self.check_length(len(text))
+
+    def check_length(self, num_tokens: int) -> None:
+        """Raises: ContextLengthExceeded for more tokens to read than the model's context holds."""
+        longest = self.model.config.n_positions
+        if num_tokens > longest:
+            raise ContextLengthExceeded(
+                f"the text has {num_tokens} tokens to read, and the model's context holds {longest}; shorten it", "text"
+            )
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[..., n_embd] -> [..., vocab_size] float32, -inf for ids that must never be chosen."""

@@ -5,13 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
+from typing import TYPE_CHECKING
 
 from bluejay.decoding.logprobs import TokenLogprobs
 from bluejay.decoding.params import SamplingParams
 from bluejay.decoding.stopping import FinishReason
 from bluejay.errors import InvalidRequest
 
-__all__ = ["FinishReason", "GenerationEvent", "GenerationRequest", "RequestOutput", "Score", "SequenceOutput", "Usage"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "EmbeddingEvent",
+    "FinishReason",
+    "GenerationEvent",
+    "GenerationRequest",
+    "RequestOutput",
+    "Score",
+    "SequenceOutput",
+    "Usage",
+]
 
 # What is said of a FinishReason.ERROR whose event has no `error`.
 NO_TOKEN = (
@@ -100,6 +113,17 @@ class GenerationEvent:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     usage: Usage | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class EmbeddingEvent(GenerationEvent):
+    """A text has been read to its end.
+
+    Attributes:
+        vector: [n_embd] float32 on the CPU, the mean over the text's tokens of the last hidden states.
+    """
+
+    vector: Tensor | None = None
 
 
 @dataclass

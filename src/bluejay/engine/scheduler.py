@@ -63,6 +63,7 @@ class Schedule:
             and part.num_tokens == 1
             and not part.drafts
             and part.sequence.first_unscored is None
+            and not part.sequence.request.embeds
             for part in self.parts
         )
 
@@ -118,7 +119,9 @@ class Scheduler:
             if part.sequence.first_unscored is None and part.sequence in self._parts:
                 self._take_drafts(part, num_drafts(part.sequence, len(decoding)))
         budget = self._max_batch_tokens - sum(part.num_tokens + part.num_drafts for part in self._parts.values())
-        num_reading = len(self.waiting) + sum(any(s.num_pending > 1 for s in r.sequences) for r in self.running)
+        # Texts to embed wait for no first token: however many come at once, streams go on as with one.
+        num_reading = sum(not request.embeds for request in self.waiting)
+        num_reading += sum(any(s.num_pending > 1 for s in r.sequences) and not r.embeds for r in self.running)
         if (most := max_prefill_tokens(num_reading, len(decoding))) is not None:
             budget = min(budget, most)
         for request in list(self.running):
@@ -134,7 +137,7 @@ class Scheduler:
         before = sequence.num_computed_tokens // self.pool.block_size
         sequence.num_computed_tokens += num_tokens
         after = sequence.num_computed_tokens // self.pool.block_size
-        if self._prefix_cache and after > before:
+        if self._finds(sequence.request) and after > before:
             hashes = sequence.block_hashes(self.pool.block_size)
             for place in range(before, after):
                 self.pool.publish(sequence.block_table[place], hashes[place])
@@ -246,14 +249,14 @@ class Scheduler:
 
     def _admit(self, budget: int) -> None:
         """Let waiting requests begin, in order, while there is room."""
-        coming = self._coming_hashes() if self._prefix_cache else set()
+        coming = self._coming_hashes()
         num_sequences = sum(request.width for request in self.running)
         for request in self.waiting[:MOST_LOOKED_AT]:
             if budget <= 0 or (self.running and num_sequences + request.width > self._max_num_sequences):
                 return
             sequence = request.sequences[0]
             found = self._find(sequence)
-            hashes = sequence.block_hashes(self.pool.block_size) if self._prefix_cache else []
+            hashes = sequence.block_hashes(self.pool.block_size) if self._finds(request) else []
             if len(found) < self._most_hits(sequence) and hashes[len(found)] in coming:
                 continue  # somebody is reading just that: what waits a step costs nothing then
             if not self._has_room(sequence, found):
@@ -266,15 +269,20 @@ class Scheduler:
     def _coming_hashes(self) -> set[bytes]:
         """The hashes of the blocks that prompts are about to fill."""
         size = self.pool.block_size
-        reading = (s for request in self.running for s in request.sequences[:1] if s.num_pending > 1)
+        finding = (request for request in self.running if self._finds(request))
+        reading = (s for request in finding for s in request.sequences[:1] if s.num_pending > 1)
         return {h for s in reading for h in s.block_hashes(size)[s.num_computed_tokens // size :]}
 
     def _most_hits(self, sequence: Sequence) -> int:
         """Blocks that may be taken from the cache: the last token must be read, and those before a score."""
-        if not self._prefix_cache:
+        if not self._finds(sequence.request):
             return 0
         last = sequence.num_tokens - 1 if sequence.first_unscored is None else sequence.first_unscored
         return last // self.pool.block_size
+
+    def _finds(self, request: Request) -> bool:
+        """Whether a request shares blocks with others: of a text to embed each token must be read, and none is kept."""
+        return self._prefix_cache and not request.embeds
 
     def _find(self, sequence: Sequence) -> list[int]:
         return self.pool.find(sequence.block_hashes(self.pool.block_size)[: self._most_hits(sequence)])

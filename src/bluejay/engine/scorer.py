@@ -11,7 +11,7 @@ from bluejay.decoding.sampler import TokenLogprobs, token_logprobs
 from bluejay.engine.kernel_cache import KernelAttention
 from bluejay.engine.network import Network
 from bluejay.engine.request import Score
-from bluejay.errors import ContextLengthExceeded, InvalidRequest
+from bluejay.errors import InvalidRequest
 from bluejay.model import CausalAttention
 
 LOGITS_CHUNK = 256  # positions whose logits are held at once: 50 MB at GPT-J's vocabulary
@@ -40,7 +40,7 @@ class Scorer:
             self._network.check_ids([*context, *continuation])
             if not context:
                 raise InvalidRequest("the context has no token; begin it with the end-of-text token", "context")
-            self._check_length(len(context) + len(continuation) - 1)
+            self._network.check_length(len(context) + len(continuation) - 1)
         # The last token is only predicted, never read.
         texts = [[*context, *continuation[:-1]] for context, continuation in pairs]
         scores: dict[int, Score] = {}
@@ -60,10 +60,7 @@ class Scorer:
         Raises: InvalidRequest if a text has no token, ContextLengthExceeded if it has too many.
         """
         for text in texts:
-            self._network.check_ids(text)
-            if not text:
-                raise InvalidRequest("a text has no token; nothing can be embedded", "text")
-            self._check_length(len(text))
+            self._network.check_text(text)
         means = torch.empty(len(texts), self._network.model.config.n_embd)
         for place, hidden in self._hidden_states(texts):
             means[place] = hidden.float().mean(0)
@@ -93,13 +90,6 @@ class Scorer:
             hidden = self._network.model(*padded([texts[place] for place in places], self._network.device), attend)
             for row, place in enumerate(places):
                 yield place, hidden[row, : len(texts[place])]
-
-    def _check_length(self, num_tokens: int) -> None:
-        longest = self._network.model.config.n_positions
-        if num_tokens > longest:
-            raise ContextLengthExceeded(
-                f"the text has {num_tokens} tokens to read, and the model's context holds {longest}; shorten it", "text"
-            )
 
 
 def padded(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

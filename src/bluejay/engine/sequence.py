@@ -28,7 +28,8 @@ class Status(StrEnum):
 
 @dataclass(eq=False)
 class Sequence:
-    """One token stream: a prompt, an answer, a beam on its way, or an answer of beams that is read for its scores.
+    """One token stream: a prompt, an answer, a beam on its way, an answer of beams that is read for its scores, or a
+    text that is embedded.
 
     Attributes:
         token_ids: prompt and answer so far.
@@ -40,6 +41,7 @@ class Sequence:
         score_from: the first position whose next token's log-probability is wanted; None if none is.
         logprobs: those found so far.
         answer: what is read for its scores.
+        hidden_sum: [n_embd] float32, over the first `num_summed` tokens of a text that is embedded.
     """
 
     request: Request
@@ -52,6 +54,8 @@ class Sequence:
     score_from: int | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     answer: Answer | None = None
+    hidden_sum: Tensor | None = None
+    num_summed: int = 0
     _hashes: list[bytes] = field(default_factory=list)
 
     @property
@@ -99,6 +103,7 @@ class Request:
         leader_tokens: how many tokens its sequences share, of which the first one reads them for all after a
             preemption; 0 if each reads its own.
         num_cached_tokens: of the prompt, found in the cache; None before it began.
+        embeds: whether its prompt is a text of which the mean of the last hidden states is wanted, and no answer.
         arrived_s, started_s, first_token_s: by the engine's clock; None until then.
     """
 
@@ -117,6 +122,7 @@ class Request:
     num_generated_tokens: int = 0
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
+    embeds: bool = False
     started_s: float | None = None
     first_token_s: float | None = None
     salt: bytes = field(init=False)

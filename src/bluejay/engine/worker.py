@@ -43,9 +43,10 @@ from bluejay.engine.messages import (
     Ready,
     Refused,
 )
-from bluejay.errors import BluejayError, InvalidRequest, RequestError
+from bluejay.errors import BluejayError, EngineError, InvalidRequest, RequestError
 
 if TYPE_CHECKING:
+    from bluejay.engine.embedding import Embedding
     from bluejay.engine.llm import LLM
     from bluejay.engine.request import GenerationEvent
 
@@ -104,6 +105,7 @@ class Worker:
         self._step_began_s: float | None = None
         self._numbers: dict[int, int] = {}  # the client's number of a request -> the engine's
         self._names: dict[int, int] = {}  # and back
+        self._embeddings: dict[int, Embedding] = {}  # those on their way, by the client's number
 
     def run(self) -> Never:
         """Greet, load, serve; ends the process."""
@@ -187,16 +189,19 @@ class Worker:
             self._take(llm, message)
             waits = False
             if isinstance(message, Embed):
-                break  # as long as a step: the tokens of others come in between
+                break  # a text of megabytes takes long to become tokens: those of others come in between
         with self._timed():
             events = llm.engine.step()
         self._tell(llm, events)
+        self._tell_embeddings()
 
     def _take(self, llm: LLM, message: Message) -> None:
         match message:
             case Cancel(number):
                 if number in self._numbers:
                     llm.engine.cancel(self._numbers[number])
+                if (embedding := self._embeddings.pop(number, None)) is not None:
+                    embedding.cancel()
             case Generate(number) | Count(number) | Embed(number):
                 try:
                     with self._timed():
@@ -216,8 +221,9 @@ class Worker:
             case Count(number):
                 self._connection.send(Counted(number, llm.engine.statistics()))
             case Embed(number, texts):
-                vectors = llm.embed(texts)
-                self._connection.send(Embedded(number, vectors.shape[1], vectors.numpy().tobytes()))
+                from bluejay.engine.embedding import Embedding
+
+                self._embeddings[number] = Embedding(llm.engine, llm.encode_texts(texts))
 
     def _tell(self, llm: LLM, events: list[GenerationEvent]) -> None:
         named = [
@@ -235,6 +241,17 @@ class Worker:
         except ProtocolError:  # log-probabilities of a whole vocabulary; who asked for them is told, the others go on
             for number, one in named:
                 self._tell_one(llm, number, one)
+
+    def _tell_embeddings(self) -> None:
+        """Answer the questions of which all texts have been read."""
+        for number, embedding in list(self._embeddings.items()):
+            try:
+                if (vectors := embedding.result()) is None:
+                    continue
+                self._connection.send(Embedded(number, vectors.shape[1], vectors.numpy().tobytes()))
+            except EngineError as error:  # more than fits into a message, too
+                self._connection.send(Refused(number, Fault.of(error)))
+            del self._embeddings[number]
 
     def _tell_one(self, llm: LLM, number: int, event: messages.Said | GenerationEvent) -> None:
         try:
