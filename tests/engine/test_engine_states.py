@@ -9,8 +9,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from bluejay.engine.embedding import Embedding
+from bluejay.engine.network import Network
 from bluejay.engine.plain import PlainEngine
 from bluejay.engine.request import GenerationRequest
+from bluejay.engine.scorer import Scorer
 from bluejay.model import ModelConfig
 from bluejay.model.gptj import GPTJ
 
@@ -28,6 +31,7 @@ class Machine(RuleBasedStateMachine):
 
     model: GPTJ
     plain: PlainEngine
+    one_pass: Scorer
     num_steps = 0
     num_forks = 0
     num_preemptions = 0
@@ -40,11 +44,18 @@ class Machine(RuleBasedStateMachine):
         self.asked: dict[int, GenerationRequest] = {}
         self.tokens: dict[tuple[int, int], list[int]] = {}
         self.cancelled: set[int] = set()
+        self.embeddings: list[tuple[list[list[int]], Embedding]] = []
 
     @rule(seed=st.integers(0, 10**6))
     def arrive(self, seed: int) -> None:
         request = mixed_request(random.Random(seed), vocab_size=40, longest=24, most_new=12)
         self.asked[self.engine.add(request)] = request
+
+    @rule(seed=st.integers(0, 10**6))
+    def embed(self, seed: int) -> None:
+        rng = random.Random(seed)
+        texts = [[rng.randrange(40) for _ in range(rng.randint(1, 40))] for _ in range(2)]
+        self.embeddings.append((texts, Embedding(self.engine, texts)))
 
     @rule(count=st.integers(1, 12), disturbed=st.booleans())
     def step(self, count: int, disturbed: bool = False) -> None:
@@ -80,6 +91,8 @@ class Machine(RuleBasedStateMachine):
         statistics = self.engine.statistics()
         assert (statistics.running, statistics.waiting, statistics.held_blocks) == (0, 0, 0)
         type(self).num_preemptions += statistics.preemptions
+        for texts, embedding in self.embeddings:
+            torch.testing.assert_close(embedding.result(), self.one_pass.embed(texts), rtol=1e-4, atol=1e-4)
         for number, request in self.asked.items():
             if number in self.cancelled:
                 continue
@@ -92,6 +105,7 @@ def test_whatever_happens_the_books_are_right_and_so_are_the_answers(make_model)
     class Seeded(Machine):
         model = make_model(CONFIG)
         plain = PlainEngine(model, cache_dtype=torch.float32)
+        one_pass = Scorer(Network(model))
 
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
     run_state_machine_as_test(
