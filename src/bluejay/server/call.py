@@ -17,9 +17,9 @@ import math
 import random
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 from typing import Annotated, Any, TypeVar
@@ -37,15 +37,18 @@ from bluejay.accounts.store import Store
 from bluejay.engine.request import RequestOutput
 from bluejay.errors import EngineError, InvalidRequest, Overloaded
 from bluejay.server.auth import Access, Door, Principal
+from bluejay.server.dumps import dumps_in_parts
 from bluejay.server.errors import ClientGone, Failure, TooLarge, TooSlow, failure_of
 from bluejay.server.generation import Asked, Caller, Item, Run, Service
 from bluejay.server.jobs import Jobs
 from bluejay.server.models import Models, ServedModel
 from bluejay.server.options import ServerOptions
 from bluejay.server.shelf import Shelf
+from bluejay.server.threads import Threads
 from bluejay.server.tracing import NO_TRACING, Tracing
 
 Body = TypeVar("Body", bound=BaseModel)
+Coming = TypeVar("Coming")
 Handler = Callable[..., Coroutine[Any, Any, Response]]
 Render = Callable[[Failure], Any]
 
@@ -53,6 +56,8 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,39}")
 MAX_FIELDS = 256  # of a body; to find out that each of a million is none takes seconds
 MAX_TABLE = 2048  # entries of a table within it
+FEW_VALUES = 2048  # of an answer; to render and write them takes ten ms, at most
+MAX_ANSWERS = 2**16  # that wait to be written; fewer run
 MAX_TOLD = 8  # problems of one body; the first ones are what helps
 
 _names = random.Random()  # drawn from the system once, not for each request: ids are to be told apart, not kept secret
@@ -104,6 +109,7 @@ class House:
         store: projects, keys, usage, what filters flagged.
         jobs: what is answered later.
         uploads: data that callers sent ahead of what is to be done with it.
+        writing: where large answers are rendered and written.
     """
 
     options: ServerOptions
@@ -115,6 +121,7 @@ class House:
     jobs: Jobs
     uploads: Shelf[Any]
     tracing: Tracing = NO_TRACING
+    writing: Threads = field(default_factory=lambda: Threads("the writing of answers", 1, MAX_ANSWERS))
 
 
 class Call:
@@ -188,11 +195,36 @@ class Call:
         finally:
             run.close()
 
-    async def vectors(self, run: Run) -> list[list[float]]:
-        """One vector for each prompt, instead of answers. Raises: RequestError, and as `finish`."""
+    async def answer(
+        self,
+        run: Run,
+        coming: Callable[[], Awaitable[Coming]],
+        render: Callable[[Coming], Any],
+        num_values: int,
+        headers: Mapping[str, str] | None = None,
+    ) -> Response:
+        """What comes of a run, at its end, in JSON. An answer of many values is rendered and written in a thread.
+
+        The run keeps its places until that is done: no more is written together than may run.
+
+        Args:
+            coming: the run's `outputs` or `vectors`.
+            num_values: numbers in the answer, about.
+        Raises: RequestError, and as `finish`.
+        """
+
+        def written(came: Coming) -> Response:
+            return json_response(render(came), 200, headers, in_parts=True)
+
         try:
             async with until_gone(self.request.receive), self._deadline():
-                return await run.vectors()
+                came = await coming()
+                if num_values <= FEW_VALUES:
+                    response = self.reply(render(came), headers=headers)
+                else:
+                    response = await self.house.writing.run(written, came)
+            run.deliver()
+            return response
         finally:
             run.close()
 
@@ -450,12 +482,19 @@ def _schema(kind: type[BaseModel] | Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """JSON, with its length told; text in it stays readable, and what is no Unicode is escaped."""
+def json_response(
+    content: Any, status: int = 200, headers: Mapping[str, str] | None = None, *, in_parts: bool = False
+) -> Response:
+    """JSON, with its length told; text in it stays readable, and what is no Unicode is escaped.
+
+    Args:
+        in_parts: let other threads work meanwhile.
+    """
+    dumps = dumps_in_parts if in_parts else partial(json.dumps, allow_nan=False, separators=(",", ":"))
     try:
-        body = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        body = dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        body = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+        body = dumps(content, ensure_ascii=True).encode()
     return Response(body, status, dict(headers or {}), "application/json")
 
 

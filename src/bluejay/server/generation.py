@@ -61,6 +61,18 @@ class Item:
         """Rows of the engine's batch that it takes."""
         return max(self.params.num_beams, self.params.num_return_sequences)
 
+    def length(self, num_prompt_tokens: int) -> int | None:
+        """Tokens of the prompt and of an answer, at most; None where only the model's context bounds them."""
+        params = self.params
+        return params.max_length if params.max_new_tokens is None else num_prompt_tokens + params.max_new_tokens
+
+    def num_told_logprobs(self, num_prompt_tokens: int, n_positions: int) -> int:
+        """Log-probabilities that are told of it, at most; those of the prompt stand in each answer."""
+        params, length = self.params, min(self.length(num_prompt_tokens) or n_positions, n_positions)
+        parts = ((params.prompt_logprobs, num_prompt_tokens), (params.logprobs, max(0, length - num_prompt_tokens)))
+        told = sum((1 + likeliest) * num_tokens for likeliest, num_tokens in parts if likeliest is not None)
+        return params.num_return_sequences * told
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -152,7 +164,7 @@ class Service:
         prompts = await self.encode(tokenizer, [item.prompt for item in asked.items], facts.n_positions)
         self._bound_tokens(asked.items, prompts, facts.n_positions)
         asked.model.opened()  # it may have gone meanwhile, and a run holds places
-        return Run(self, caller, asked, prompts, tokenizer)
+        return Run(self, caller, asked, prompts, tokenizer, facts.n_positions)
 
     async def _recall(self, project_id: str | None) -> None:
         """Count what a project spent today before this server began; once, whoever asks first."""
@@ -218,10 +230,9 @@ class Service:
                     )
 
     def _bound_tokens(self, items: Sequence[Item], prompts: Sequence[Sequence[int]], n_positions: int) -> None:
-        total = 0
+        total = told = 0
         for item, prompt in zip(items, prompts, strict=True):
-            params = item.params
-            length = params.max_length if params.max_new_tokens is None else len(prompt) + params.max_new_tokens
+            params, length = item.params, item.length(len(prompt))
             if not item.cut and (length or 0) > n_positions:
                 raise ContextLengthExceeded(
                     f"max_tokens is {params.max_new_tokens:,}, the prompt has {len(prompt):,} tokens, and the model's "
@@ -229,11 +240,18 @@ class Service:
                     "max_tokens",
                 )
             total += len(prompt) + item.num_sequences * max(0, min(length or n_positions, n_positions) - len(prompt))
+            told += item.num_told_logprobs(len(prompt), n_positions)
         if total > self.options.max_tokens:
             raise InvalidRequest(
                 f"the request could take {total:,} tokens, expected at most {self.options.max_tokens:,}: ask for fewer "
                 "prompts, fewer answers or shorter ones",
                 "max_tokens",
+            )
+        if told > self.options.max_told_logprobs:
+            raise InvalidRequest(
+                f"the request could be told {told:,} log-probabilities, expected at most "
+                f"{self.options.max_told_logprobs:,}: ask for fewer beside each token, fewer prompts or fewer answers",
+                "logprobs",
             )
 
 
@@ -248,9 +266,16 @@ class Run:
     """
 
     def __init__(
-        self, service: Service, caller: Caller, asked: Asked, prompts: list[list[int]], tokenizer: Tokenizer
+        self,
+        service: Service,
+        caller: Caller,
+        asked: Asked,
+        prompts: list[list[int]],
+        tokenizer: Tokenizer,
+        n_positions: int,
     ) -> None:
         self._tokenizer = tokenizer
+        self._n_positions = n_positions
         self.caller = caller
         self.asked = asked
         self.prompts = prompts
@@ -281,6 +306,12 @@ class Run:
     @property
     def num_prompt_tokens(self) -> int:
         return sum(map(len, self.prompts))
+
+    @property
+    def num_told_logprobs(self) -> int:
+        """Log-probabilities that its answers tell, at most."""
+        pairs = zip(self.asked.items, self.prompts, strict=True)
+        return sum(item.num_told_logprobs(len(prompt), self._n_positions) for item, prompt in pairs)
 
     @property
     def usage(self) -> Usage:

@@ -48,6 +48,8 @@ class ServerOptions:
         max_tokens: tokens that one request may make the model read and write.
         max_body_bytes: of one request.
         max_logprobs: likeliest tokens told beside each token.
+        max_told_logprobs: log-probabilities that one request may be told, over all its prompts and answers: one for
+            each token, and one for each of the likeliest tokens beside it.
         request_timeout_s: a request that takes longer ends with an error.
         header_timeout_s, body_timeout_s: a client that takes longer to send them is let go.
         write_timeout_s: so is one that does not read for so long.
@@ -80,6 +82,7 @@ class ServerOptions:
     max_tokens: int = 262_144
     max_body_bytes: int = 4 * 2**20
     max_logprobs: int = 20
+    max_told_logprobs: int = 524_288
     request_timeout_s: float = 600.0
     header_timeout_s: float = 8.0
     body_timeout_s: float = 8.0
@@ -153,6 +156,7 @@ _WHOLE = {
     "max_tokens": 1,
     "max_body_bytes": 1024,
     "max_logprobs": 0,
+    "max_told_logprobs": 0,
     "max_connections": 1,
     "baseten_max_length": 1,
     "baseten_min_length": 0,

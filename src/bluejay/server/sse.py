@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from bluejay.server.dumps import dumps_in_parts
+
 # What follows `data: ` never holds a line break: in JSON they are escaped.
 DONE = b"data: [DONE]\n\n"
 
@@ -15,6 +17,11 @@ DONE = b"data: [DONE]\n\n"
 def event(data: Any) -> bytes:
     """One event that carries JSON."""
     return b"data: " + json.dumps(data, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def large_event(data: Any) -> bytes:
+    """The same event, written in a thread: others get their turn meanwhile."""
+    return b"data: " + dumps_in_parts(data, ensure_ascii=True).encode() + b"\n\n"
 
 
 class TextEvents:

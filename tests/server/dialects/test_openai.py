@@ -208,6 +208,19 @@ def _check_scores(http: httpx.Client, llm: LLM, max_tokens: int, tolerance: floa
     assert answer["usage"]["completion_tokens"] == max_tokens * len(pairs)
 
 
+def test_log_probabilities_of_a_long_prompt_are_those_of_its_parts(http: httpx.Client, llm: LLM) -> None:
+    ids = [*llm.encode("Once upon a time, there was a little bird. "), *llm.encode("It sang. ") * 150][:500]
+    asked = {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 20, "temperature": 0}
+    [whole] = complete(http, **asked)["choices"]
+    [short] = complete(http, **{**asked, "prompt": ids[:40]})["choices"]  # few enough to be written on the loop
+    assert len(whole["logprobs"]["tokens"]) == 500
+    for name in ("tokens", "text_offset"):
+        assert whole["logprobs"][name][:40] == short["logprobs"][name]
+    assert whole["logprobs"]["token_logprobs"][1:40] == pytest.approx(short["logprobs"]["token_logprobs"][1:], abs=2e-2)
+    assert all(len(top) in (20, 21) for top in whole["logprobs"]["top_logprobs"][1:])
+    assert joined(streamed(http, **asked))[0]["logprobs"] == whole["logprobs"]
+
+
 def test_best_of_is_the_likeliest_by_token(http: httpx.Client) -> None:
     drawn = {**GREEDY, "temperature": 1.0, "seed": 9, "logprobs": 0}
     everything = complete(http, **drawn, n=6)["choices"]
@@ -249,6 +262,7 @@ def test_penalties_keep_words_from_coming_again(http: httpx.Client) -> None:
         ({"n": 600}, "n", "at most 512"),
         ({"n": 3, "num_beams": 2}, "n", "n is 3, expected 1 to 2"),
         ({"logprobs": 21}, "logprobs", "at most 20"),
+        ({"prompt": [[1] * 999] * 26, "echo": True, "logprobs": 20}, "logprobs", "expected at most 524,288"),
         ({"best_of": 2, "stream": True}, "best_of", "stream"),
         ({"best_of": 2, "num_beams": 2}, "best_of", "beams"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "without stream"),

@@ -12,6 +12,7 @@ import asyncio
 import base64
 import sys
 from array import array
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -25,7 +26,7 @@ from bluejay.server.call import Dialect, House, TheCall, access, documented, rou
 from bluejay.server.dialects.openai_answers import Completion
 from bluejay.server.dialects.openai_bodies import CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from bluejay.server.errors import Failure, NoSuchThing
-from bluejay.server.generation import Item
+from bluejay.server.generation import Item, Run
 from bluejay.tokenizer import Tokenizer
 
 # Kinds of errors by status, as OpenAI names them; its client raises a class for each status.
@@ -98,10 +99,10 @@ async def completions(call: TheCall) -> Response:
     items = [Item(prompt, params, reads_only=body.reads_only, cut=not body.max_tokens) for prompt in body.prompt]
     tokenizer, _ = model.opened()  # before a place is taken: it may fail
     run = await call.begin(model, items, asked_model=body.model)
-    answer = Completion(body, run, tokenizer)
+    answer = Completion(body, run, tokenizer, call.house.writing)
     headers = {"X-Served-Model": model.name}
     if not body.stream:
-        return call.reply(answer.whole(await call.finish(run)), headers=headers)
+        return await call.answer(run, run.outputs, answer.whole, run.num_told_logprobs, headers)
     response = call.stream(run, answer.chunks(), on_failure=lambda failure: sse.event(render(failure)))
     response.headers.update(headers)
     return response
@@ -127,14 +128,22 @@ async def embeddings(call: TheCall) -> Response:
                 f"dimensions is {body.dimensions}, expected none or {width}, the model's", "dimensions"
             )
         run = await call.begin(model, [Item(text, NO_ANSWER) for text in body.texts()], asked_model=body.model)
-        vectors = await call.vectors(run)
+        return await call.answer(
+            run,
+            run.vectors,
+            partial(_embedded, body, run),
+            len(run.prompts) * width,
+            {"X-Served-Model": model.name},
+        )
     except RequestError as error:
         raise type(error)(str(error), "input" if error.param in ("prompt", "text") else error.param) from None
+
+
+def _embedded(body: EmbeddingBody, run: Run, vectors: list[list[float]]) -> dict[str, Any]:
     form = _in_base64 if body.encoding_format == "base64" else list
     data = [{"object": "embedding", "index": index, "embedding": form(one)} for index, one in enumerate(vectors)]
     used = {"prompt_tokens": run.num_prompt_tokens, "total_tokens": run.num_prompt_tokens}
-    answer = {"object": "list", "data": data, "model": model.name, "usage": used}
-    return call.reply(answer, headers={"X-Served-Model": model.name})
+    return {"object": "list", "data": data, "model": run.asked.model.name, "usage": used}
 
 
 def _in_base64(vector: list[float]) -> str:

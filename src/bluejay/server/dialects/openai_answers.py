@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +13,10 @@ from bluejay.decoding.logprobs import TokenLogprobs
 from bluejay.engine.request import GenerationEvent, RequestOutput, SequenceOutput, Usage
 from bluejay.errors import EngineError
 from bluejay.server import sse
+from bluejay.server.call import FEW_VALUES
 from bluejay.server.dialects.openai_bodies import CompletionBody
 from bluejay.server.generation import Run
+from bluejay.server.threads import Threads
 from bluejay.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's own bottom
@@ -27,11 +29,13 @@ class Completion:
     Attributes:
         run: what generates.
         tokenizer: of its model.
+        writing: where large chunks are rendered and written.
     """
 
     body: CompletionBody
     run: Run
     tokenizer: Tokenizer
+    writing: Threads
     created: int = field(default_factory=lambda: int(time.time()))
 
     def head(self) -> dict[str, Any]:
@@ -97,15 +101,35 @@ class Completion:
                 raise_error(event)
                 if event.prompt_logprobs is not None:
                     prompts[event.request] = event.prompt_logprobs
-                text, logprobs = "", list[Token]()
-                if (key := (event.request, event.index)) not in writers:
+                begins = (key := (event.request, event.index)) not in writers
+                if begins:
                     writers[key] = self.writer(event.request)
-                    text, logprobs = writers[key].begin(prompts.get(event.request))
-                text += event.text
-                logprobs += writers[key].tokens(event.token_ids, event.logprobs)
-                if text or logprobs or event.finish_reason is not None:
-                    yield sse.event(self._chunk(event, text, logprobs))
+                prompt = prompts.get(event.request) if begins else None
+                num_tokens = len(event.token_ids) + len(prompt or ())
+                if num_tokens * (1 + (self.body.logprobs or 0)) <= FEW_VALUES:
+                    chunk = self._full_chunk(event, writers[key], begins, prompt, sse.event)
+                else:
+                    many = self._full_chunk, event, writers[key], begins, prompt, sse.large_event
+                    chunk = await self.writing.run(*many)
+                if chunk:
+                    yield chunk
         yield self._end()
+
+    def _full_chunk(
+        self,
+        event: GenerationEvent,
+        writer: Writer,
+        begins: bool,
+        prompt: Sequence[TokenLogprobs | None] | None,
+        written: Callable[[Any], bytes],
+    ) -> bytes:
+        """What an event says of an answer, behind its prompt where it begins; b"" if that is nothing."""
+        text, logprobs = writer.begin(prompt) if begins else ("", list[Token]())
+        text += event.text
+        logprobs += writer.tokens(event.token_ids, event.logprobs)
+        if not text and not logprobs and event.finish_reason is None:
+            return b""
+        return written(self._chunk(event, text, logprobs))
 
     def _chunk(self, event: GenerationEvent, text: str, logprobs: list[Token] | None) -> dict[str, Any]:
         asks = self.body.logprobs is not None
