@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, StrictInt
 
 from bluejay import errors
 from bluejay.errors import InvalidRequest
-from bluejay.server.call import checked, json_response, read_json
+from bluejay.server.call import LARGE_BODY, MAX_NESTED, MAX_VALUES, Call, checked, json_response, read_json
 from bluejay.server.errors import STATUS, ClientGone, NotServed, failure_of
+from bluejay.server.threads import Threads
 
 
 class Body(BaseModel):
@@ -32,7 +37,7 @@ class Body(BaseModel):
         (b"NaN", "no number"),
         (b"[Infinity]", "no number"),
         (b"1e309", "larger than any number"),
-        (b"[" * 100_000, "nested"),
+        (b"[" * 50_000, "nested"),
         (b"9" * 5000, "no JSON"),
         (b'{"a": 1}\x00', "no JSON"),
     ],
@@ -45,6 +50,46 @@ def test_what_is_no_json_is_refused(body: bytes, message: str) -> None:
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
 def test_json_may_be_in_any_of_its_encodings(encoding: str) -> None:
     assert read_json('{"a": "ä"}'.encode(encoding)) == {"a": "ä"}
+
+
+LONG = b'"' + rb"a, [\\\"" * (LARGE_BODY // 4) + b'"'  # a text; nothing in it counts
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        (b"[" + b"1.5," * MAX_VALUES + b"1, 2]", "more than 524,288 values"),
+        (b"[" + b'"",' * MAX_VALUES * 4 + b"1]", "more than 524,288 texts"),
+        (b"[" * 100_000, "more than 32,768 lists, objects and fields"),
+        (b"[" + b"[]," * MAX_NESTED + b"1]", "more than 32,768 lists, objects and fields"),
+        (b"[" + b'{"a":1},' * MAX_NESTED + b"1]", "more than 32,768 lists, objects and fields"),
+        (b"[" + LONG + b", 1e309]", "1e309 is larger than any number here"),
+        (b"[" + LONG + b", NaN]", "NaN is no number in JSON"),
+        (b"[" + LONG + b", " + b"9" * 5000 + b"]", "no JSON: Exceeds the limit"),
+        (LONG[:-1] + b'\xff"', "no valid utf-8, at byte"),
+    ],
+)
+def test_what_is_wrong_with_a_large_body_is_told_before_it_takes_long(body: bytes, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        read_json(body)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32-le"])
+def test_a_large_body_says_what_a_small_one_does(encoding: str) -> None:
+    value = {"text": 'ä, [{":\\"' * 100_000, "numbers": [-1, 2.5, 10**30, True, None] * 9}
+    body = json.dumps(value, ensure_ascii=False)
+    assert read_json(body.encode(encoding)) == value
+
+
+def test_a_large_body_is_read_in_a_thread_and_a_small_one_is_not() -> None:
+    house: Any = SimpleNamespace(reading=Threads("the reading of bodies", 1, 2**20))
+    call = Call(None, house, None, None)  # type: ignore[arg-type]
+
+    def parse(body: bytes) -> bool:
+        return threading.current_thread() is threading.main_thread()
+
+    assert asyncio.run(call.parsed(b" " * LARGE_BODY, parse))
+    assert not asyncio.run(call.parsed(b" " * (LARGE_BODY + 1), parse))
 
 
 @given(st.binary(max_size=200))

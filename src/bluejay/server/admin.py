@@ -12,6 +12,7 @@ import json
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, date, datetime, time
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter
@@ -32,7 +33,7 @@ from bluejay.server.call import (
     checked,
     documented,
     note_failure,
-    read_json,
+    read_checked,
     route_class,
 )
 from bluejay.server.errors import NoSuchThing, failure_of
@@ -316,7 +317,7 @@ async def reject(call: TheCall) -> Response:
 
 async def _review(call: Call, verdict: Literal["accepted", "rejected"]) -> Response:
     body = await call.body()
-    asked = checked(Verdict, read_json(body) if body.strip() else {})
+    asked = await call.parsed(body, partial(read_checked, Verdict)) if body.strip() else Verdict(note=None)
     found = await _find_flagged(call)
     review = call.house.store.review_flagged
     done = await asyncio.to_thread(review, found.id, verdict, reviewer=call.principal.reviewer, note=asked.note)

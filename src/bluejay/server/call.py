@@ -49,6 +49,7 @@ from bluejay.server.tracing import NO_TRACING, Tracing
 
 Body = TypeVar("Body", bound=BaseModel)
 Coming = TypeVar("Coming")
+Parsed = TypeVar("Parsed")
 Handler = Callable[..., Coroutine[Any, Any, Response]]
 Render = Callable[[Failure], Any]
 
@@ -56,6 +57,10 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,39}")
 MAX_FIELDS = 256  # of a body; to find out that each of a million is none takes seconds
 MAX_TABLE = 2048  # entries of a table within it
+LARGE_BODY = 64 * 2**10  # bytes; what is larger is read in a thread
+MAX_READ_BYTES = 64 * 2**20  # of large bodies that wait to be read; whoever sends a further one is told to come again
+MAX_VALUES = 2**19  # of a large body: as many token ids as a request may have, and more
+MAX_NESTED = 2**15  # lists, objects and fields of a large body, which take ten times as long as short texts
 FEW_VALUES = 2048  # of an answer; to render and write them takes ten ms, at most
 MAX_ANSWERS = 2**16  # that wait to be written; fewer run
 MAX_TOLD = 8  # problems of one body; the first ones are what helps
@@ -109,7 +114,7 @@ class House:
         store: projects, keys, usage, what filters flagged.
         jobs: what is answered later.
         uploads: data that callers sent ahead of what is to be done with it.
-        writing: where large answers are rendered and written.
+        reading, writing: where large bodies are read, and large answers rendered and written.
     """
 
     options: ServerOptions
@@ -121,6 +126,7 @@ class House:
     jobs: Jobs
     uploads: Shelf[Any]
     tracing: Tracing = NO_TRACING
+    reading: Threads = field(default_factory=lambda: Threads("the reading of bodies", 1, MAX_READ_BYTES))
     writing: Threads = field(default_factory=lambda: Threads("the writing of answers", 1, MAX_ANSWERS))
 
 
@@ -166,11 +172,17 @@ class Call:
 
     async def json(self) -> Any:
         """The body as JSON, whatever its type is called. Raises: InvalidRequest, and as `body`."""
-        return read_json(await self.body())
+        return await self.parsed(await self.body(), read_json)
 
     async def read(self, kind: type[Body]) -> Body:
         """The body as a pydantic model. Raises: InvalidRequest with everything that is wrong, and as `body`."""
-        return checked(kind, await self.json())
+        return await self.parsed(await self.body(), partial(read_checked, kind))
+
+    async def parsed(self, body: bytes, parse: Callable[[bytes], Parsed]) -> Parsed:
+        """What is made of a body; of a large one in a thread. Raises: what that raises, Overloaded."""
+        if len(body) <= LARGE_BODY:
+            return parse(body)
+        return await self.house.reading.run(parse, body, size=len(body))
 
     def find(self, name: str | None, *, any_id: bool = False) -> ServedModel:
         """The model of a name. Raises: ModelNotFound."""
@@ -498,12 +510,19 @@ def json_response(
     return Response(body, status, dict(headers or {}), "application/json")
 
 
+def read_checked(kind: type[Body], body: bytes) -> Body:
+    """JSON as a pydantic model. Raises: as `read_json` and `checked`."""
+    return checked(kind, read_json(body))
+
+
 def read_json(body: bytes) -> Any:
     """What the bytes say in JSON. Raises: InvalidRequest, with the place that is wrong."""
     if not body.strip():
         raise InvalidRequest("the body is empty, expected JSON")
     try:
-        return json.loads(body, parse_constant=_no_number, parse_float=_finite)
+        if len(body) <= LARGE_BODY:
+            return json.loads(body, parse_constant=_no_number, parse_float=_finite)
+        return json.loads(_with_few_values(body), parse_constant=_no_number, parse_float=_finite, parse_int=_whole)
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None
     except UnicodeDecodeError as error:
@@ -512,8 +531,32 @@ def read_json(body: bytes) -> Any:
         raise InvalidRequest(f"the body is no JSON: {error}") from None
 
 
+def _with_few_values(body: bytes) -> str:
+    """A large body as text, if it has so few values that they are read soon.
+
+    The JSON library lets no other thread work before it is done, unless it calls Python: for numbers, which take the
+    longest, it is made to. Of everything else so much could come that all others wait for half a second.
+
+    Raises: InvalidRequest, UnicodeDecodeError.
+    """
+    text = body.decode(json.detect_encoding(body), "surrogatepass")
+    bare = text.replace("\\\\", "").replace('\\"', "")  # without what is escaped each second " ends a text
+    if bare.count('"') > 4 * MAX_VALUES:  # a table's entry has four
+        raise InvalidRequest(f"the body has more than {MAX_VALUES:,} texts; send fewer at a time")
+    outside = "".join(bare.split('"')[::2])
+    if outside.count(",") > MAX_VALUES:
+        raise InvalidRequest(f"the body has more than {MAX_VALUES:,} values; send fewer at a time")
+    if sum(map(outside.count, "[{:")) > MAX_NESTED:
+        raise InvalidRequest(f"the body has more than {MAX_NESTED:,} lists, objects and fields; send fewer at a time")
+    return text
+
+
 def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is no number in JSON")
+
+
+def _whole(text: str) -> int:
+    return int(text)
 
 
 def _finite(text: str) -> float:

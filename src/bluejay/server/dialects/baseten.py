@@ -217,7 +217,7 @@ async def async_predict(call: TheCall) -> Response:
     """Take an input, and say under which id its status can be asked for."""
     model = _model(call)
     body = await call.body()
-    asked = _read_async(read_json(body))
+    asked = await call.parsed(body, _read_async)
     inputs = read_inputs(asked.model_input, model, call.house.options)
     retry = asked.inference_retry_config
     work = Work(
@@ -367,7 +367,8 @@ def _result(asked: Input, output: RequestOutput, model: ServedModel) -> dict[str
     return {"status": "success", "data": text, "message": "; ".join(asked.notes) or None}
 
 
-def _read_async(value: Any) -> AsyncPredict:
+def _read_async(body: bytes) -> AsyncPredict:
+    value = read_json(body)
     if isinstance(value, dict) and value.get("webhook_endpoint") is not None:
         raise UnsupportedOption(
             "webhook_endpoint cannot be served: this server opens no connections of its own; leave it out, and GET "

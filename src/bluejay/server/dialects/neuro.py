@@ -14,6 +14,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -24,7 +25,7 @@ from bluejay.decoding.params import SamplingParams
 from bluejay.engine.request import RequestOutput
 from bluejay.errors import InvalidRequest, UnsupportedOption
 from bluejay.server.auth import Access
-from bluejay.server.call import Call, Dialect, House, TheCall, access, checked, documented, read_json, route_class
+from bluejay.server.call import Call, Dialect, House, TheCall, access, documented, read_checked, route_class
 from bluejay.server.errors import Failure, NoSuchThing, NotServed
 from bluejay.server.generation import Asked, Item
 from bluejay.server.jobs import JobState, Work
@@ -198,7 +199,7 @@ async def sync_predict(call: TheCall) -> Response:
 async def predict(call: TheCall) -> Response:
     """The task's id, as bare text."""
     body = await call.body()
-    asked = checked(TaskAsking, read_json(body))
+    asked = await call.parsed(body, partial(read_checked, TaskAsking))
     model, name = _model(call, asked)
     params, remove_input, headers = _params(call, model, asked.input_kwargs)
     texts = await _uploaded_texts(call, asked)
@@ -241,7 +242,7 @@ async def find_data(call: TheCall) -> Response:
 async def upload(call: TheCall) -> Response:
     """Keep data for `Predict`, in memory, for a while."""
     parts = read_form(call.request.headers.get("content-type", ""), await call.body())
-    told = checked(Uploading, read_json(parts.get("json", b"")))
+    told = await call.parsed(parts.get("json", b""), partial(read_checked, Uploading))
     data = parts.get("file", b"")
     _check_collection(str(told.collection))
     if not data:
@@ -276,10 +277,10 @@ async def _read_sync(call: Call) -> tuple[SyncAsking, list[str]]:
     """What is asked, and the texts: of a form's file, or of the JSON itself."""
     content_type, body, options = call.request.headers.get("content-type", ""), await call.body(), call.house.options
     if not is_form(content_type):
-        asked = checked(SyncAsking, read_json(body))
+        asked = await call.parsed(body, partial(read_checked, SyncAsking))
         return asked, _listed_texts(asked.data, options)
     parts = read_form(content_type, body)
-    asked = checked(SyncAsking, read_json(parts.get("json", b"")))
+    asked = await call.parsed(parts.get("json", b""), partial(read_checked, SyncAsking))
     if "file" not in parts or asked.data is not None:
         raise InvalidRequest("a form has its data in the part 'file', and not in 'data'", "data")
     return asked, await asyncio.to_thread(_file_texts, [parts["file"]], asked.generic_file, options)

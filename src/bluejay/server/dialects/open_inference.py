@@ -12,6 +12,7 @@ import json
 import zlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -21,7 +22,7 @@ from starlette.responses import Response
 from bluejay import __version__
 from bluejay.errors import InvalidRequest, Stopped, UnsupportedOption
 from bluejay.server.auth import Access
-from bluejay.server.call import Call, Dialect, House, TheCall, access, checked, documented, read_json, route_class
+from bluejay.server.call import Call, Dialect, House, TheCall, access, documented, read_checked, route_class
 from bluejay.server.dialects.open_inference_models import (
     EXTENSIONS,
     PLATFORM,
@@ -196,7 +197,7 @@ async def not_served(call: TheCall) -> Response:
 async def index(call: TheCall) -> Response:
     """All models, or those that are ready."""
     body = await call.body()
-    asked = checked(Index, read_json(body)) if body.strip() else Index()
+    asked = await call.parsed(body, partial(read_checked, Index)) if body.strip() else Index()
     return call.reply([state_of(model) for model in call.house.models if model.ready or not asked.ready])
 
 
@@ -220,16 +221,19 @@ async def unload(call: TheCall) -> Response:
 async def infer(call: TheCall) -> Response:
     """Tensors in, tensors out; either may be binary."""
     model = _model(call)
-    asked, raw = split(await _body(call), call.request.headers.get(HEADER_LENGTH))
-    parameters = dict(asked.parameters or {})
-    all_binary = _flag(parameters.pop("binary_data_output", None), "binary_data_output")
-    outputs = asked.outputs or []
-    inference = read_inference(
-        _tensors(asked.inputs, raw), parameters, [output.name for output in outputs], model.options.defaults
-    )
+    length = call.request.headers.get(HEADER_LENGTH)
+
+    def read(body: bytes) -> tuple[Infer, bool, Inference]:
+        asked, raw = split(body, length)
+        parameters = dict(asked.parameters or {})
+        all_binary = _flag(parameters.pop("binary_data_output", None), "binary_data_output")
+        names = [output.name for output in asked.outputs or []]
+        return asked, all_binary, read_inference(_tensors(asked.inputs, raw), parameters, names, model.options.defaults)
+
+    asked, all_binary, inference = await call.parsed(await _body(call), read)
     if inference.stream:
         raise UnsupportedOption("stream is true, and infer answers once; generate_stream and gRPC stream", "stream")
-    binary = {output.name: _is_binary(output, all_binary) for output in outputs}
+    binary = {output.name: _is_binary(output, all_binary) for output in asked.outputs or []}
     tokenizer, _ = model.opened()
     run = await call.begin(model, inference.items, asked_model=call.request.path_params["model"])
     tensors = answer_tensors(inference, await call.finish(run), tokenizer)
@@ -279,7 +283,7 @@ def split(body: bytes, header_length: str | None) -> tuple[Infer, bytes]:
                 HEADER_LENGTH,
             )
         length = int(text)
-    return checked(Infer, read_json(body[:length])), body[length:]
+    return read_checked(Infer, body[:length]), body[length:]
 
 
 def _tensors(inputs: Sequence[Input], raw: bytes) -> list[Tensor]:
@@ -359,7 +363,7 @@ def _flag(value: Any, name: str) -> bool:
 async def _generate(call: Call) -> tuple[ServedModel, Generate, Inference]:
     """What `generate` and `generate_stream` ask for."""
     model = _model(call)
-    asked = checked(Generate, read_json(await _body(call)))
+    asked = await call.parsed(await _body(call), partial(read_checked, Generate))
     chosen = dict(asked.parameters or {})
     for name, value in (asked.model_extra or {}).items():
         if name in chosen:
@@ -403,7 +407,7 @@ async def _repository_model(call: Call) -> ServedModel:
     """The model to load or unload; there is nothing to say of how."""
     model = call.find(call.request.path_params["model"])
     body = await call.body()
-    asked = checked(Load, read_json(body)) if body.strip() else Load()
+    asked = await call.parsed(body, partial(read_checked, Load)) if body.strip() else Load()
     check_load(asked.parameters or {})
     return model
 
