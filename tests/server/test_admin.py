@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from bluejay.accounts.keys import digest_of
 from bluejay.accounts.plans import PLANS
 from bluejay.accounts.records import KeyRecord, ProjectRecord
 from bluejay.accounts.store import Store
-from bluejay.errors import StoreError, Unauthenticated
+from bluejay.errors import Overloaded, StoreError, Unauthenticated
 from bluejay.server import auth
 from bluejay.server.auth import Access, Door
+from bluejay.server.errors import failure_of
 
 PREDICT = "/v1/models/bluejay:predict"
 FLAGGED = {"request_id": "r", "project_id": None, "model": "bluejay", "rule": "rude", "action": "mask"}
@@ -300,8 +301,34 @@ def test_a_database_that_hangs_holds_nobody_whose_key_was_right(monkeypatch: pyt
         answering.set()
         with pytest.raises(Unauthenticated):
             await waiting
-        with pytest.raises(Unauthenticated, match="was revoked"):
-            await door.admit(Access.USER, {"x-api-key": "bj-x"})
+        async with asyncio.timeout(20):
+            with pytest.raises(Unauthenticated, match="was revoked"):
+                while True:  # the other thread may be a little slower
+                    await door.admit(Access.USER, {"x-api-key": "bj-x"})
+
+    asyncio.run(scenario())
+
+
+def test_a_database_that_hangs_is_away_for_keys_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, answering = Slow(), threading.Event()
+    monkeypatch.setattr(auth, "LOOKUP_S", 0.2)
+    monkeypatch.setattr(auth, "MAX_LOOKUPS", 6)
+    door = Door(store, PLANS)
+
+    async def scenario() -> None:
+        store.on_look_up = lambda: assert_soon(answering)
+        callers = [door.admit(Access.USER, {"x-api-key": f"bj-{number}"}) for number in range(20)]
+        refused = await asyncio.gather(*callers, return_exceptions=True)
+        assert [type(error) for error in refused] == [StoreError] * 6 + [Overloaded] * 14
+        assert "within 0.2 s" in str(refused[0])
+        assert failure_of(refused[0]).status == failure_of(refused[-1]).status == 503
+        answering.set()
+        async with asyncio.timeout(20):
+            with pytest.raises(Unauthenticated):
+                while True:  # until the threads are there again
+                    with suppress(Overloaded):
+                        await door.admit(Access.USER, {"x-api-key": "bj-unknown"})
+                    await asyncio.sleep(0.001)
 
     asyncio.run(scenario())
 

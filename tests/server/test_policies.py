@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -17,7 +18,7 @@ from bluejay.accounts.ledger import Ledger
 from bluejay.accounts.plans import read_plans
 from bluejay.accounts.store import Store
 from bluejay.errors import ConfigError
-from bluejay.server import auth
+from bluejay.server import auth, generation
 from bluejay.server.app import all_routes
 from bluejay.server.auth import Access
 from bluejay.server.call import Dialect, TheCall, access, route_class
@@ -78,6 +79,26 @@ def keyed(tmp_path: Path) -> Iterator[tuple[Server, dict[str, str]]]:
         while datetime.now(UTC) <= soon:
             pass
         yield server, {"no key": "", **keys}
+
+
+def test_a_database_that_hangs_holds_its_own_threads_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(generation, "RECALL_S", 0.1)
+    answering = threading.Event()
+    with made(tmp_path) as (server, store):
+        monkeypatch.setattr(store, "usage_since", lambda *_: answering.wait(30))
+        service, projects = server.service, [f"project {number}" for number in range(100)]
+
+        async def scenario() -> None:
+            async with asyncio.timeout(20):
+                await asyncio.gather(*map(service._recall, projects))
+                assert all(map(service.limits.knows, projects))  # from here on
+                assert await asyncio.to_thread(lambda: "done") == "done"
+            answering.set()
+
+        asyncio.run(scenario())
+    assert caplog.messages == ["the usage of today is not known: no answer within 0.1 s"] * 100
 
 
 def ask(server: Server, calls: list[tuple[str, str, dict[str, str]]]) -> list[httpx.Response]:

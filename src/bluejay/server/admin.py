@@ -193,7 +193,7 @@ def _query(call: Call, kind: type[Wanted]) -> Wanted:
 @access(Access.ADMIN)
 async def list_projects(call: TheCall) -> Response:
     """By name, the disabled ones too."""
-    found = await asyncio.to_thread(call.house.store.list_projects)
+    found = await call.ask_store(call.house.store.list_projects)
     return call.reply({"projects": [_project(project) for project in found]})
 
 
@@ -202,7 +202,7 @@ async def create_project(call: TheCall) -> Response:
     """With a plan of this server's."""
     asked = await call.read(NewProject)
     _check_plan(call, asked.plan)
-    made = await asyncio.to_thread(call.house.store.create_project, asked.name, asked.plan)
+    made = await call.ask_store(call.house.store.create_project, asked.name, asked.plan)
     return call.reply(_project(made), 201)
 
 
@@ -224,7 +224,7 @@ async def change_project(call: TheCall) -> Response:
             found = store.disable_project(found.id) if asked.disabled else store.enable_project(found.id)
         return found
 
-    changed = await asyncio.to_thread(change)
+    changed = await call.ask_store(change)
     call.house.door.forget()
     return call.reply(_project(changed))
 
@@ -240,7 +240,7 @@ def _check_plan(call: Call, plan: str) -> None:
 @access(Access.ADMIN)
 async def list_keys(call: TheCall) -> Response:
     """The oldest first; revoked and expired ones too."""
-    found = await asyncio.to_thread(call.house.store.list_keys, _query(call, KeysWanted).project)
+    found = await call.ask_store(call.house.store.list_keys, _query(call, KeysWanted).project)
     return call.reply({"keys": [_key(key) for key in found]})
 
 
@@ -248,7 +248,7 @@ async def list_keys(call: TheCall) -> Response:
 async def create_key(call: TheCall) -> Response:
     """Its text is in this answer and nowhere else."""
     asked = await call.read(NewKey)
-    made = await asyncio.to_thread(
+    made = await call.ask_store(
         call.house.store.create_key, asked.project, asked.name, scopes=asked.scopes, expires_at=asked.expires_at
     )
     note = {"note": "this server asks for no key before it is started again"} if call.house.door.is_open else {}
@@ -265,7 +265,7 @@ async def revoke_key(call: TheCall) -> Response:
             raise NoSuchThing(f"there is no key {named[:11]!r}; name it by its id or prefix", "key")
         return store.revoke_key(named)
 
-    revoked = await asyncio.to_thread(revoke)
+    revoked = await call.ask_store(revoke)
     call.house.door.forget(revoked.digest)
     return call.reply(_key(revoked))
 
@@ -277,7 +277,7 @@ async def revoke_key(call: TheCall) -> Response:
 async def usage(call: TheCall) -> Response:
     """Of requests that have ended, as far as the ledger has brought them into the database."""
     wanted = _query(call, UsageWanted)
-    totals = await asyncio.to_thread(
+    totals = await call.ask_store(
         call.house.store.usage_totals, wanted.by, project=wanted.project, since=wanted.since, until=wanted.until
     )
     return call.reply({"by": wanted.by, "totals": [asdict(total) for total in totals]})
@@ -290,9 +290,7 @@ async def usage(call: TheCall) -> Response:
 async def list_flagged(call: TheCall) -> Response:
     """`next` is the next page's `after`; null behind the last."""
     wanted = _query(call, FlaggedWanted)
-    found = await asyncio.to_thread(
-        call.house.store.list_flagged, wanted.status, after=wanted.after, limit=wanted.limit
-    )
+    found = await call.ask_store(call.house.store.list_flagged, wanted.status, after=wanted.after, limit=wanted.limit)
     following = found[-1].id if len(found) == wanted.limit else None
     return call.reply({"flagged": [_told(record) for record in found], "next": following})
 
@@ -320,7 +318,7 @@ async def _review(call: Call, verdict: Literal["accepted", "rejected"]) -> Respo
     asked = await call.parsed(body, partial(read_checked, Verdict)) if body.strip() else Verdict(note=None)
     found = await _find_flagged(call)
     review = call.house.store.review_flagged
-    done = await asyncio.to_thread(review, found.id, verdict, reviewer=call.principal.reviewer, note=asked.note)
+    done = await call.ask_store(review, found.id, verdict, reviewer=call.principal.reviewer, note=asked.note)
     return call.reply(_told(done))
 
 
@@ -328,7 +326,7 @@ async def _find_flagged(call: Call) -> FlaggedRecord:
     text = call.request.path_params["id"]
     number = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
     if 0 < number <= MAX_ID:
-        for record in await asyncio.to_thread(call.house.store.list_flagged, after=number - 1, limit=1):
+        for record in await call.ask_store(call.house.store.list_flagged, after=number - 1, limit=1):
             if record.id == number:
                 return record
     raise NoSuchThing(f"there is no flagged generation {text[:40]!r}", "id")
@@ -338,9 +336,7 @@ async def _find_flagged(call: Call) -> FlaggedRecord:
 async def export_flagged(call: TheCall) -> Response:
     """All of them, page by page; should the database go away meanwhile, the last line says so."""
     pages = call.house.store.flagged_pages(_query(call, ExportWanted).status)
-    first: list[FlaggedRecord] = await asyncio.to_thread(
-        next, pages, []
-    )  # before the answer begins: it can still be 503
+    first: list[FlaggedRecord] = await call.ask_store(next, pages, [])  # before the answer begins: it can still be 503
     return StreamingResponse(_lines(call, pages, first), media_type="application/jsonl")
 
 
@@ -350,7 +346,7 @@ async def _lines(
     while records:
         yield b"".join(json.dumps(_told(record), ensure_ascii=False).encode() + b"\n" for record in records)
         try:
-            records = await asyncio.to_thread(next, pages, [])
+            records = await call.ask_store(next, pages, [])
         except BluejayError as error:
             note_failure(error, call.caller.request_id)
             yield json.dumps(render(failure_of(error))).encode() + b"\n"

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,12 +18,15 @@ from bluejay.accounts.plans import Plan
 from bluejay.accounts.records import KeyRecord
 from bluejay.errors import Forbidden, StoreError, Unauthenticated
 from bluejay.server.options import is_loopback
+from bluejay.server.threads import Threads
 
 REMEMBERED_S = 5.0  # a revoked key works so long, at most; a database that is away does not stop the others at once
 MAX_REMEMBERED = 4096
 MAX_AWAY_S = 600.0  # a key that was right is taken for so long while the database cannot be asked
 PATIENCE_S = 0.25  # a database that thinks for longer counts as away, for keys that were right
-NUM_THREADS = 4  # that ask the store; a database that hangs holds these, and nobody else's
+NUM_THREADS = 4  # that look keys up; a database that hangs holds these, and nobody else's
+MAX_LOOKUPS = 256  # that wait or run; strangers with keys that nobody knows could send any number
+LOOKUP_S = 5.0  # a database that thinks for longer counts as away
 OPEN_PLAN = Plan("open", None, None, None, None, None)
 
 
@@ -86,7 +88,7 @@ class Door:
         self._known: OrderedDict[str, tuple[float, KeyRecord | None]] = OrderedDict()
         self._num_forgotten = 0
         self._lookups: dict[str, _Lookup] = {}
-        self._threads = ThreadPoolExecutor(NUM_THREADS, "keys")
+        self._threads = Threads("the database", NUM_THREADS, MAX_LOOKUPS)
 
     @property
     def is_open(self) -> bool:
@@ -94,7 +96,7 @@ class Door:
         return self._keys is None
 
     async def admit(self, access: Access, headers: Mapping[str, str]) -> Principal:
-        """Who asks, if they may. Raises: Unauthenticated, Forbidden."""
+        """Who asks, if they may. Raises: Unauthenticated, Forbidden, StoreError, Overloaded."""
         if access is Access.PUBLIC:
             return NOBODY
         if self._keys is None:
@@ -153,18 +155,20 @@ class Door:
         return await asyncio.shield(lookup.task)
 
     async def _look_up(self, digest: str) -> KeyRecord | None:
-        """Ask the store, and remember what it says. Raises: StoreError."""
+        """Ask the store, and remember what it says. Raises: StoreError, Overloaded."""
         try:
             num_forgotten = -1
             while num_forgotten != self._num_forgotten:  # what is found meanwhile may be from before
                 num_forgotten = self._num_forgotten
                 now = time.monotonic()
-                found = await asyncio.get_running_loop().run_in_executor(self._threads, self._ask_store, digest)
+                found = await self._threads.run(self._ask_store, digest, within_s=LOOKUP_S)
             self._known[digest] = (now, found)
             self._known.move_to_end(digest)
             while len(self._known) > MAX_REMEMBERED:
                 self._known.popitem(last=False)
             return found
+        except TimeoutError:
+            raise StoreError(f"the database did not say within {LOOKUP_S:g} s who has a key") from None
         finally:
             del self._lookups[digest]
 

@@ -44,12 +44,13 @@ from bluejay.server.jobs import Jobs
 from bluejay.server.models import Models, ServedModel
 from bluejay.server.options import ServerOptions
 from bluejay.server.shelf import Shelf
-from bluejay.server.threads import Threads
+from bluejay.server.threads import Threads, store_threads
 from bluejay.server.tracing import NO_TRACING, Tracing
 
 Body = TypeVar("Body", bound=BaseModel)
 Coming = TypeVar("Coming")
 Parsed = TypeVar("Parsed")
+Found = TypeVar("Found")
 Handler = Callable[..., Coroutine[Any, Any, Response]]
 Render = Callable[[Failure], Any]
 
@@ -114,6 +115,7 @@ class House:
         store: projects, keys, usage, what filters flagged.
         jobs: what is answered later.
         uploads: data that callers sent ahead of what is to be done with it.
+        store_threads: that ask the store.
         reading, writing: where large bodies are read, and large answers rendered and written.
     """
 
@@ -126,6 +128,7 @@ class House:
     jobs: Jobs
     uploads: Shelf[Any]
     tracing: Tracing = NO_TRACING
+    store_threads: Threads = field(default_factory=store_threads)
     reading: Threads = field(default_factory=lambda: Threads("the reading of bodies", 1, MAX_READ_BYTES))
     writing: Threads = field(default_factory=lambda: Threads("the writing of answers", 1, MAX_ANSWERS))
 
@@ -183,6 +186,10 @@ class Call:
         if len(body) <= LARGE_BODY:
             return parse(body)
         return await self.house.reading.run(parse, body, size=len(body))
+
+    async def ask_store(self, question: Callable[..., Found], *values: Any, **named: Any) -> Found:
+        """What the store says. Raises: StoreError, Overloaded if too many ask."""
+        return await self.house.store_threads.run(partial(question, *values, **named))
 
     def find(self, name: str | None, *, any_id: bool = False) -> ServedModel:
         """The model of a name. Raises: ModelNotFound."""

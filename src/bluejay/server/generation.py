@@ -22,7 +22,7 @@ from bluejay.accounts.store import Store
 from bluejay.decoding.params import SamplingParams
 from bluejay.decoding.stopping import FinishReason
 from bluejay.engine.request import GenerationEvent, GenerationRequest, RequestOutput, Usage
-from bluejay.errors import ContextLengthExceeded, EngineError, Forbidden, InvalidRequest, StoreError
+from bluejay.errors import ContextLengthExceeded, EngineError, Forbidden, InvalidRequest, Overloaded, StoreError
 from bluejay.server.auth import Principal
 from bluejay.server.filters import Filters
 from bluejay.server.limits import Limits
@@ -30,12 +30,14 @@ from bluejay.server.metrics import Metrics
 from bluejay.server.models import ServedModel
 from bluejay.server.options import ServerOptions
 from bluejay.server.review import Flagged, Review
+from bluejay.server.threads import Threads, store_threads
 from bluejay.server.tracing import NO_SPAN, Span
 from bluejay.server.watch import Watch
 from bluejay.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 
+RECALL_S = 2.0  # a database that thinks for longer about a project's usage of today counts as away
 SHORT_CHARS = 256  # encoded in a tenth of a ms; to wake a thread and be woken by it takes longer
 
 _log = logging.getLogger("bluejay.server")
@@ -123,6 +125,7 @@ class Service:
         filters: what looks at answers before they leave.
         metrics: what counts.
         review: where what filters found is kept; None: it is not.
+        threads: that ask the store; None: its own.
     """
 
     def __init__(
@@ -135,6 +138,7 @@ class Service:
         filters: Filters,
         metrics: Metrics,
         review: Review | None = None,
+        threads: Threads | None = None,
     ) -> None:
         self.options = options
         self.limits = limits
@@ -144,6 +148,7 @@ class Service:
         self.review = review
         self.running: set[Run] = set()
         self._store = store
+        self._store_threads = threads or store_threads()
         self._recalling: dict[str, asyncio.Task[None]] = {}
         # One is enough: the library itself encodes several texts on several threads.
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
@@ -179,9 +184,9 @@ class Service:
     async def _look_up_today(self, project_id: str) -> None:
         today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
         try:
-            total = await asyncio.to_thread(self._store.usage_since, project_id, today)
-        except StoreError as error:  # the limits of the day then begin with this server
-            _log.warning("the usage of today is not known: %s", error)
+            total = await self._store_threads.run(self._store.usage_since, project_id, today, within_s=RECALL_S)
+        except (StoreError, Overloaded, TimeoutError) as error:  # the limits of the day then begin with this server
+            _log.warning("the usage of today is not known: %s", str(error) or f"no answer within {RECALL_S:g} s")
             self.limits.restore(project_id, 0, 0)
         else:
             self.limits.restore(project_id, total.num_requests, total.num_tokens)

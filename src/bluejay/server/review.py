@@ -6,10 +6,12 @@ import asyncio
 import logging
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
-from bluejay.errors import StoreError
+from bluejay.errors import Overloaded, StoreError
 from bluejay.server.metrics import Metrics
+from bluejay.server.threads import Threads, store_threads
 
 MAX_WAITING = 1000  # generations, of some kilobytes each
 FIRST_DELAY_S = 0.25  # before the second try; then twice as long
@@ -46,12 +48,16 @@ class Review:
     Args:
         store: the database.
         max_waiting: beyond so many what comes is dropped, counted and logged.
+        threads: that ask the store; None: its own.
     """
 
-    def __init__(self, store: Keeping, metrics: Metrics, max_waiting: int = MAX_WAITING) -> None:
+    def __init__(
+        self, store: Keeping, metrics: Metrics, max_waiting: int = MAX_WAITING, threads: Threads | None = None
+    ) -> None:
         self._store = store
         self._metrics = metrics
         self._max_waiting = max_waiting
+        self._threads = threads or store_threads()
         self._waiting: deque[Flagged] = deque()
         self._writing: asyncio.Task[None] | None = None
 
@@ -69,8 +75,8 @@ class Review:
         delay_s = FIRST_DELAY_S
         while self._waiting:
             try:
-                await asyncio.to_thread(self._store.add_flagged, **vars(self._waiting[0]))
-            except StoreError as error:
+                await self._threads.run(partial(self._store.add_flagged, **vars(self._waiting[0])))
+            except (StoreError, Overloaded) as error:
                 self._metrics.reviewed("retried")
                 _log.warning("flagged generations wait: %s", error, extra={"waiting": len(self._waiting)})
                 await asyncio.sleep(delay_s)

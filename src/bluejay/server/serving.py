@@ -38,6 +38,7 @@ from bluejay.server.options import ModelOptions, ServerOptions
 from bluejay.server.protocol import MAX_LINGERING, BoundedProtocol, bounded, tune
 from bluejay.server.review import Review
 from bluejay.server.shelf import Shelf
+from bluejay.server.threads import store_threads
 from bluejay.server.tracing import NO_TRACING, Tracing
 
 LAST_WORDS_S = 3.0
@@ -97,7 +98,8 @@ class Server:
         self.models = Models(map(serve, models), strict_names=options.strict_names)
         metrics = Metrics()
         self.filters = filters or Filters()
-        self.review = Review(store, metrics) if options.keep_flagged else None
+        asking = store_threads()
+        self.review = Review(store, metrics, threads=asking) if options.keep_flagged else None
         self.service = Service(
             options,
             store,
@@ -106,6 +108,7 @@ class Server:
             filters=self.filters,
             metrics=metrics,
             review=self.review,
+            threads=asking,
         )
         plans = {name: _with_own_names(plan, self.models) for name, plan in plans.items()}
         door = Door(None if open_to_all else store, plans, open_to_admin=options.is_loopback)
@@ -117,7 +120,7 @@ class Server:
             keep_s=options.keep_s,
         )
         uploads: Shelf[Any] = Shelf(options.max_jobs, options.max_kept_bytes, options.keep_s)
-        self.house = House(options, self.models, self.service, door, store, Life(), jobs, uploads, tracing)
+        self.house = House(options, self.models, self.service, door, store, Life(), jobs, uploads, tracing, asking)
         self.app = create_app(self.house)
         self.grpc_address: str | None = None
         self._grpc: GrpcServer | None = None

@@ -13,6 +13,8 @@ from bluejay.errors import Overloaded
 
 Result = TypeVar("Result")
 
+STORE_THREADS = 4
+MAX_ASKING = 256  # calls of the store that wait or run
 RETRY_AFTER_S = 1.0  # for whoever finds too much waiting
 
 
@@ -61,3 +63,8 @@ class Threads:
         future.add_done_callback(leave)
         async with asyncio.timeout(within_s):
             return await asyncio.wrap_future(future)
+
+
+def store_threads() -> Threads:
+    """Those that ask the store for everything but keys; a database that hangs holds these, and nobody else's."""
+    return Threads("the database", STORE_THREADS, MAX_ASKING)
