@@ -196,10 +196,21 @@ class Call:
         return self.house.models.find(name, any_id=any_id)
 
     async def begin(self, model: ServedModel, items: Sequence[Item], *, asked_model: str | None = None) -> Run:
-        """Admit a request; give the run to `finish` or `stream`, which close it. Raises: as `Service.begin`."""
+        """Admit a request; give the run to `finish`, `answer` or `stream`, which close it.
+
+        Raises: as `Service.begin`, and as `finish`.
+        """
         asked = Asked(model, items, self.dialect.name, model.name if asked_model is None else asked_model)
         structlog.contextvars.bind_contextvars(model=model.name)
-        return await self.house.service.begin(self.caller, asked)
+        async with until_gone(self.request.receive), self._deadline():
+            return await self.house.service.begin(self.caller, asked)
+
+    @asynccontextmanager
+    async def counted(self) -> AsyncIterator[None]:
+        """Count a request that needs no run, and hold its place. Raises: QuotaExceeded, Overloaded, ClientGone."""
+        async with until_gone(self.request.receive), self._deadline():
+            with await self.house.service.place(self.caller):
+                yield
 
     async def finish(self, run: Run) -> list[RequestOutput]:
         """Everything that comes, at its end; one output for each prompt. Counts as delivered.

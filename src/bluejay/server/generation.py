@@ -9,8 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, aclosing
+from contextlib import AbstractContextManager, ExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import accumulate
@@ -38,6 +37,7 @@ from bluejay.tokenizer import Tokenizer
 Prompt = str | Sequence[int]
 
 RECALL_S = 2.0  # a database that thinks for longer about a project's usage of today counts as away
+MAX_TOKENISING_CHARS = 8 * 2**20  # that wait for the tokenizer: some seconds of its work
 SHORT_CHARS = 256  # encoded in a tenth of a ms; to wake a thread and be woken by it takes longer
 
 _log = logging.getLogger("bluejay.server")
@@ -151,7 +151,7 @@ class Service:
         self._store_threads = threads or store_threads()
         self._recalling: dict[str, asyncio.Task[None]] = {}
         # One is enough: the library itself encodes several texts on several threads.
-        self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+        self._tokenising = Threads("the tokenizer", 1, MAX_TOKENISING_CHARS)
 
     async def begin(self, caller: Caller, asked: Asked) -> Run:
         """Admit a request; the caller iterates over the run's events and closes it.
@@ -165,11 +165,22 @@ class Service:
         self._bound(asked.items)
         # Who finds no place is told so before any work is done for it; the place itself is taken by the run.
         asked.model.gate.check(asked.num_sequences)
-        await self._recall(caller.principal.project_id)
-        prompts = await self.encode(tokenizer, [item.prompt for item in asked.items], facts.n_positions)
-        self._bound_tokens(asked.items, prompts, facts.n_positions)
-        asked.model.opened()  # it may have gone meanwhile, and a run holds places
-        return Run(self, caller, asked, prompts, tokenizer, facts.n_positions)
+        self._check_tokenising([item.prompt for item in asked.items if isinstance(item.prompt, str)])
+        with ExitStack() as places:
+            places.enter_context(await self.place(caller))
+            prompts = await self.encode(tokenizer, [item.prompt for item in asked.items], facts.n_positions)
+            self._bound_tokens(asked.items, prompts, facts.n_positions)
+            asked.model.opened()  # it may have gone meanwhile, and a run holds places
+            return Run(self, caller, asked, prompts, tokenizer, facts.n_positions, places)
+
+    async def place(self, caller: Caller) -> AbstractContextManager[None]:
+        """A place among the requests of the caller's project; to enter it counts as one, and may raise QuotaExceeded.
+
+        Work begins behind it: what is refused later has taken some too.
+        """
+        principal = caller.principal
+        await self._recall(principal.project_id)
+        return self.limits.request(principal.project_id or "", principal.plan)
 
     async def _recall(self, project_id: str | None) -> None:
         """Count what a project spent today before this server began; once, whoever asks first."""
@@ -194,7 +205,7 @@ class Service:
     async def encode(self, tokenizer: Tokenizer, prompts: Sequence[Prompt], n_positions: int) -> list[list[int]]:
         """Token ids of each prompt, <|endoftext|> for an empty text; the loop goes on meanwhile.
 
-        Raises: InvalidRequest, ContextLengthExceeded.
+        Raises: InvalidRequest, ContextLengthExceeded, Overloaded.
         """
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         # No token has more bytes than the longest one: what is longer than that need not be counted.
@@ -208,10 +219,18 @@ class Service:
         return [(next(encoded) if isinstance(prompt, str) else list(prompt)) or start for prompt in prompts]
 
     async def tokenise(self, tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, none for an empty one; the loop goes on meanwhile. Raises: InvalidRequest."""
-        if sum(map(len, texts)) <= SHORT_CHARS:
+        """Token ids of each text, none for an empty one; the loop goes on meanwhile.
+
+        Raises: InvalidRequest, Overloaded.
+        """
+        if (num_chars := sum(map(len, texts))) <= SHORT_CHARS:
             return tokenizer.encode_batch(texts)
-        return await asyncio.get_running_loop().run_in_executor(self._tokenising, tokenizer.encode_batch, texts)
+        return await self._tokenising.run(tokenizer.encode_batch, texts, size=num_chars)
+
+    def _check_tokenising(self, texts: Sequence[str]) -> None:
+        """Raises: Overloaded if too much waits for the tokenizer already."""
+        if (num_chars := sum(map(len, texts))) > SHORT_CHARS:
+            self._tokenising.check(num_chars)
 
     def _bound(self, items: Sequence[Item]) -> None:
         """Raises: InvalidRequest for more than one request may ask, before anything is made for it."""
@@ -278,6 +297,7 @@ class Run:
         prompts: list[list[int]],
         tokenizer: Tokenizer,
         n_positions: int,
+        places: ExitStack,
     ) -> None:
         self._tokenizer = tokenizer
         self._n_positions = n_positions
@@ -291,20 +311,17 @@ class Run:
         self._failed = False
         self._first_token_s: float | None = None
         self._began_at = datetime.now(UTC)
-        self._places = ExitStack()
-        self._enter()
+        self._enter(places)
 
-    def _enter(self) -> None:
-        """Take a place among the project's requests and in the model's queue, and open the account."""
+    def _enter(self, places: ExitStack) -> None:
+        """Take a place in the model's queue, open the account, and keep what is to be given back."""
         service, principal, asked = self._service, self.caller.principal, self.asked
-        with ExitStack() as places:
-            places.enter_context(service.limits.request(principal.project_id or "", principal.plan))
-            asked.model.gate.enter(asked.num_sequences)
-            places.callback(asked.model.gate.leave, asked.num_sequences)
-            self._open_account()
-            service.running.add(self)
-            places.callback(service.running.discard, self)
-            self._places = places.pop_all()
+        asked.model.gate.enter(asked.num_sequences)
+        places.callback(asked.model.gate.leave, asked.num_sequences)
+        self._open_account()
+        service.running.add(self)
+        places.callback(service.running.discard, self)
+        self._places = places.pop_all()
         service.limits.spend(principal.project_id or "", self.num_prompt_tokens)
         service.metrics.begun(self)
 

@@ -163,8 +163,9 @@ async def tokenize(call: TheCall) -> Response:
         raise ContextLengthExceeded(
             f"the prompt has {len(body.prompt):,} characters, expected at most {most:,}", "prompt"
         )
-    [tokens] = await call.house.service.tokenise(tokenizer, [body.prompt])
-    spelled = await asyncio.to_thread(_spelled, tokenizer, tokens) if body.return_token_strs else None
+    async with call.counted():
+        [tokens] = await call.house.service.tokenise(tokenizer, [body.prompt])
+        spelled = await asyncio.to_thread(_spelled, tokenizer, tokens) if body.return_token_strs else None
     return call.reply(
         {"count": len(tokens), "max_model_len": facts.n_positions, "tokens": tokens, "token_strs": spelled}
     )
@@ -184,7 +185,8 @@ async def detokenize(call: TheCall) -> Response:
         raise InvalidRequest(f"tokens has {len(body.tokens):,} ids, expected at most {most:,}", "tokens")
     if wrong := [token for token in body.tokens if token >= facts.vocab_size]:
         raise InvalidRequest(f"tokens holds {wrong[:10]}, expected ids from 0 to {facts.vocab_size - 1}", "tokens")
-    return call.reply({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)})
+    async with call.counted():
+        return call.reply({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)})
 
 
 @access(Access.USER)
