@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, StrictInt
 
 from bluejay import errors
 from bluejay.errors import InvalidRequest
+from bluejay.server import admin
 from bluejay.server.call import LARGE_BODY, MAX_NESTED, MAX_VALUES, Call, checked, json_response, read_json
+from bluejay.server.dialects import baseten, kserve_v1, neuro, open_inference, openai_bodies
 from bluejay.server.errors import STATUS, ClientGone, NotServed, failure_of
 from bluejay.server.threads import Threads
 
@@ -114,6 +118,38 @@ def test_everything_that_is_wrong_is_named_at_once() -> None:
 def test_a_body_with_very_many_faults_gets_a_short_answer() -> None:
     with pytest.raises(InvalidRequest, match="and 992 more"):
         checked(Body, {"number": 1, "words": [0] * 1000})
+
+
+BODIES = [
+    kind
+    for module in (admin, baseten, kserve_v1, neuro, open_inference, openai_bodies)
+    for _, kind in inspect.getmembers(module, inspect.isclass)
+    if issubclass(kind, BaseModel) and kind.__module__ == module.__name__
+]
+# The settings say how long these may be: their routes look.
+BY_SETTINGS = {("Predict", "instances"), ("DetokenizeBody", "tokens")}
+
+
+def lists(node: Any) -> Iterator[dict[str, Any]]:
+    """The lists in a core schema of which each item is looked at."""
+    if isinstance(node, dict):
+        if node.get("type") == "list" and node.get("items_schema", {}).get("type", "any") != "any":
+            yield node
+        node = list(node.values())
+    if isinstance(node, list):
+        for one in node:
+            yield from lists(one)
+
+
+@pytest.mark.parametrize("kind", BODIES, ids=lambda kind: kind.__name__)
+def test_a_list_is_bounded_and_its_first_fault_is_enough(kind: type[BaseModel]) -> None:
+    schema: Any = kind.__pydantic_core_schema__
+    while schema["type"] != "model-fields":
+        schema = schema["schema"]
+    for name, field in schema["fields"].items():
+        for found in lists(field):
+            assert found.get("fail_fast"), name
+            assert "max_length" in found or (kind.__name__, name) in BY_SETTINGS, name
 
 
 @pytest.mark.parametrize("text", ["plain", "ä — 鳥", "half \ud800", "\0"])

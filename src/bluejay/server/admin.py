@@ -93,7 +93,7 @@ class NewKey(_Asked):
 
     project: StrictStr = Field(description="The project's name or id.")
     name: StrictStr = Field(description="What it is for.")
-    scopes: list[Literal["user", "admin"]] = Field(default=["user"], min_length=1)
+    scopes: list[Literal["user", "admin"]] = Field(default=["user"], min_length=1, max_length=2, fail_fast=True)
     expires_at: Moment | None = None
 
 

@@ -34,6 +34,8 @@ from bluejay.server.dialects.open_inference_models import (
     state_of,
 )
 from bluejay.server.dialects.open_inference_tensors import (
+    MAX_DIMS,
+    MAX_ELEMENTS,
     Inference,
     Tensor,
     answer_tensors,
@@ -59,10 +61,12 @@ class Input(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: StrictStr
-    shape: list[StrictInt]
+    shape: list[StrictInt] = Field(max_length=MAX_DIMS, fail_fast=True)
     datatype: StrictStr
     parameters: dict[str, Any] | None = Field(None, description="binary_data_size: bytes behind the JSON.")
-    data: list[Any] | None = Field(None, description="Flat, or nested as the shape says; none for a binary tensor.")
+    data: list[Any] | None = Field(
+        None, max_length=MAX_ELEMENTS, description="Flat, or nested as the shape says; none for a binary tensor."
+    )
 
 
 class Output(BaseModel):

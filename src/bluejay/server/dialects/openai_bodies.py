@@ -101,7 +101,9 @@ class CompletionBody(_Body):
     best_of: int | None = Field(None, ge=1, description="Make so many, and return the n likeliest by token.")
     echo: bool | None = Field(None, description="Begin answers with the prompt; with max_tokens 0 it is only read.")
     logprobs: int | None = Field(None, ge=0, description="So many likeliest tokens beside each token.")
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = Field(None, description="Ends an answer.")
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)] | None = Field(
+        None, description="Ends an answer."
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -130,7 +132,7 @@ class CompletionBody(_Body):
     bad_words_ids: Annotated[list[Ids], Field(max_length=MAX_BIASES, fail_fast=True)] | None = None
     max_time: float | None = Field(None, ge=0)
     remove_invalid_values: bool | None = None
-    eos_token_id: int | Annotated[list[int], Field(max_length=MAX_STOPS)] | None = None
+    eos_token_id: int | Annotated[list[int], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
 
     @property
