@@ -76,6 +76,20 @@ class Item:
         return params.num_return_sequences * told
 
 
+def items_of(prompts: Sequence[Prompt], params: SamplingParams, options: ServerOptions, **how: bool) -> list[Item]:
+    """Prompts to go on from in one way; `how` is for `Item`. Raises: as `bound_prompts`, before an item is made."""
+    bound_prompts(len(prompts), options)
+    return [Item(prompt, params, **how) for prompt in prompts]
+
+
+def bound_prompts(num_prompts: int, options: ServerOptions, what: str = "prompts") -> None:
+    """Raises: InvalidRequest for more prompts than one request may have; `what` they are called there."""
+    if num_prompts > options.max_prompts:
+        raise InvalidRequest(
+            f"there are {num_prompts:,} {what}, expected at most {options.max_prompts:,} in one request", "prompt"
+        )
+
+
 @dataclass(frozen=True)
 class Asked:
     """What a dialect has read from a request.
@@ -237,10 +251,7 @@ class Service:
         options = self.options
         if not items:
             raise InvalidRequest("there is no prompt; give at least one", "prompt")
-        if len(items) > options.max_prompts:
-            raise InvalidRequest(
-                f"there are {len(items):,} prompts, expected at most {options.max_prompts:,} in one request", "prompt"
-            )
+        bound_prompts(len(items), options)
         if (num_sequences := sum(item.num_sequences for item in items)) > options.max_sequences:
             raise InvalidRequest(
                 f"the request asks for {num_sequences:,} answers or beams, expected at most {options.max_sequences:,}",

@@ -20,7 +20,7 @@ from bluejay.errors import InvalidRequest, RequestError, UnsupportedOption
 from bluejay.server.auth import Access
 from bluejay.server.call import Call, Dialect, House, TheCall, access, checked, documented, read_json, route_class
 from bluejay.server.errors import Failure
-from bluejay.server.generation import Asked, Item
+from bluejay.server.generation import Asked, Item, bound_prompts
 from bluejay.server.jobs import Job, JobState, Retries, Work
 from bluejay.server.models import ServedModel
 from bluejay.server.options import ServerOptions
@@ -301,8 +301,7 @@ def read_inputs(value: Any, model: ServedModel, options: ServerOptions) -> list[
     values = value if isinstance(value, list) else [value]
     if not values:
         raise InvalidRequest("the list of inputs is empty, expected at least one object with a 'prompt'", "prompt")
-    if len(values) > options.max_prompts:
-        raise InvalidRequest(f"there are {len(values):,} inputs, expected at most {options.max_prompts:,}", "prompt")
+    bound_prompts(len(values), options, "inputs")
     inputs = []
     for number, one in enumerate(values, 1):
         try:

@@ -19,7 +19,7 @@ from bluejay.errors import InvalidRequest, ModelNotFound
 from bluejay.server.auth import Access
 from bluejay.server.call import Dialect, House, TheCall, access, documented, route_class
 from bluejay.server.errors import Failure, NotServed
-from bluejay.server.generation import Item
+from bluejay.server.generation import items_of
 from bluejay.server.sampling import known_only, refuse_untold, sampling_params
 
 # What the hosted predictor took where a query said nothing; 50 tokens were the model config's.
@@ -77,7 +77,8 @@ async def predict(call: TheCall) -> Response:
     chosen, headers = known_only(chosen, ignore_unknown=call.house.options.ignore_unknown)
     refuse_untold(chosen)
     params = sampling_params(DEFAULTS, call.house.options.kserve_defaults, model.options.defaults, chosen)
-    run = await call.begin(model, [Item(text, params) for text in asked.instances], asked_model=name)
+    items = items_of(asked.instances, params, call.house.options)
+    run = await call.begin(model, items, asked_model=name)
     outputs = await call.finish(run)
     predictions = [_texts(text, output) for text, output in zip(asked.instances, outputs, strict=True)]
     flat = len(predictions) == 1 and not call.house.options.kserve_always_nested

@@ -239,7 +239,7 @@ async def infer(call: TheCall) -> Response:
         raise UnsupportedOption("stream is true, and infer answers once; generate_stream and gRPC stream", "stream")
     binary = {output.name: _is_binary(output, all_binary) for output in asked.outputs or []}
     tokenizer, _ = model.opened()
-    run = await call.begin(model, inference.items, asked_model=call.request.path_params["model"])
+    run = await call.begin(model, inference.items(call.house.options), asked_model=call.request.path_params["model"])
     tensors = answer_tensors(inference, await call.finish(run), tokenizer)
     return _reply(
         call, model, _head(asked, model), tensors, [binary.get(tensor.name, all_binary) for tensor in tensors]
@@ -253,7 +253,7 @@ async def generate(call: TheCall) -> Response:
     if inference.stream:
         raise InvalidRequest("stream is true, and this call answers once; use generate_stream", "stream")
     tokenizer, _ = model.opened()
-    run = await call.begin(model, inference.items, asked_model=call.request.path_params["model"])
+    run = await call.begin(model, inference.items(call.house.options), asked_model=call.request.path_params["model"])
     tensors = answer_tensors(inference, await call.finish(run), tokenizer)
     told = {tensor.name: tensor.values[0] if len(tensor.values) == 1 else tensor.values for tensor in tensors}
     return call.reply({**_head(asked, model), **told}, headers={"X-Served-Model": model.name})
@@ -264,7 +264,7 @@ async def generate_stream(call: TheCall) -> Response:
     """Events with the next piece of the answer each; with `stream` false one with all of it."""
     model, asked, inference = await _generate(call)
     check_stream(inference)
-    run = await call.begin(model, inference.items, asked_model=call.request.path_params["model"])
+    run = await call.begin(model, inference.items(call.house.options), asked_model=call.request.path_params["model"])
 
     async def whole() -> AsyncGenerator[bytes, None]:
         tokenizer, _ = model.opened()

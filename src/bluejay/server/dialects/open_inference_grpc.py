@@ -101,7 +101,8 @@ class GrpcCall:
     async def begin(self, model: ServedModel, asked: Inference, asked_model: str) -> Run:
         """Admit a request. Raises: as `Service.begin`."""
         structlog.contextvars.bind_contextvars(model=model.name)
-        return await self.house.service.begin(self.caller, Asked(model, asked.items, NAME, asked_model or model.name))
+        items = asked.items(self.house.options)
+        return await self.house.service.begin(self.caller, Asked(model, items, NAME, asked_model or model.name))
 
     async def finish(self, run: Run) -> list[RequestOutput]:
         """Everything that comes, at its end. Raises: EngineError, Overloaded if it takes too long."""

@@ -24,7 +24,8 @@ import numpy as np
 from bluejay.decoding.params import SamplingParams
 from bluejay.engine.request import GenerationEvent, RequestOutput
 from bluejay.errors import InvalidRequest, UnsupportedOption
-from bluejay.server.generation import Item, Prompt
+from bluejay.server.generation import Item, Prompt, items_of
+from bluejay.server.options import ServerOptions
 from bluejay.server.sampling import OPTIONS, refuse_untold, sampling_params
 from bluejay.tokenizer import Tokenizer
 
@@ -89,9 +90,9 @@ class Inference:
     stream: bool | None
     outputs: tuple[str, ...]
 
-    @property
-    def items(self) -> list[Item]:
-        return [Item(prompt, self.params) for prompt in self.prompts]
+    def items(self, options: ServerOptions) -> list[Item]:
+        """For the service. Raises: InvalidRequest for more prompts than one request may have."""
+        return items_of(self.prompts, self.params, options)
 
 
 def tensor_of_values(name: str, datatype: str, shape: Sequence[int], values: Sequence[Any]) -> Tensor:

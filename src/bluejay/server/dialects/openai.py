@@ -26,7 +26,7 @@ from bluejay.server.call import Dialect, House, TheCall, access, documented, rou
 from bluejay.server.dialects.openai_answers import Completion
 from bluejay.server.dialects.openai_bodies import CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from bluejay.server.errors import Failure, NoSuchThing
-from bluejay.server.generation import Item, Run
+from bluejay.server.generation import Run, items_of
 from bluejay.tokenizer import Tokenizer
 
 # Kinds of errors by status, as OpenAI names them; its client raises a class for each status.
@@ -96,7 +96,8 @@ async def completions(call: TheCall) -> Response:
     model = call.find(body.model)
     body.check()
     params = body.params(model.options.defaults)
-    items = [Item(prompt, params, reads_only=body.reads_only, cut=not body.max_tokens) for prompt in body.prompt]
+    options = call.house.options
+    items = items_of(body.prompt, params, options, reads_only=body.reads_only, cut=not body.max_tokens)
     tokenizer, _ = model.opened()  # before a place is taken: it may fail
     run = await call.begin(model, items, asked_model=body.model)
     answer = Completion(body, run, tokenizer, call.house.writing)
@@ -127,7 +128,8 @@ async def embeddings(call: TheCall) -> Response:
             raise UnsupportedOption(
                 f"dimensions is {body.dimensions}, expected none or {width}, the model's", "dimensions"
             )
-        run = await call.begin(model, [Item(text, NO_ANSWER) for text in body.texts()], asked_model=body.model)
+        items = items_of(body.texts(), NO_ANSWER, call.house.options)
+        run = await call.begin(model, items, asked_model=body.model)
         return await call.answer(
             run,
             run.vectors,

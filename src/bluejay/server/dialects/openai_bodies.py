@@ -27,7 +27,7 @@ _TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
 def _prompts(value: Any) -> list[Prompt]:
     """One text, several, one list of token ids, or several: always as several."""
     listed = value if isinstance(value, list) else [value]
-    if listed and all(type(item) is int for item in listed):
+    if listed and set(map(type, listed)) == {int}:
         listed = [listed]
     if not listed or not all(isinstance(item, str) or _is_ids(item) for item in listed):
         raise ValueError("expected a text, several, a list of token ids from 0, or several such lists, and none empty")
@@ -35,7 +35,7 @@ def _prompts(value: Any) -> list[Prompt]:
 
 
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(item) is int and 0 <= item < 2**31 for item in value)
+    return isinstance(value, list) and set(map(type, value)) == {int} and min(value) >= 0 and max(value) < 2**31
 
 
 Prompts = Annotated[

@@ -1,0 +1,73 @@
+"""What is refused before anything is made of it; on a server in this process, whose engines are not started."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from bluejay.accounts.ledger import Ledger
+from bluejay.accounts.plans import read_plans
+from bluejay.accounts.store import Store
+from bluejay.server.generation import Item
+from bluejay.server.models import ServedModel
+from bluejay.server.options import ModelOptions, ServerOptions
+from bluejay.server.serving import Server
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    store = Store.open(f"sqlite:///{tmp_path}/accounts.db")
+    ledger = Ledger(tmp_path / "journal", store)
+    try:
+        models = [ModelOptions("bluejay", "default")]
+        yield Server(ServerOptions(), models, store=store, ledger=ledger, plans=read_plans({}))
+    finally:
+        ledger.close()
+        store.close()
+
+
+def post(server: Server, path: str, body: Any) -> httpx.Response:
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(server.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            return await http.post(path, content=json.dumps(body))
+
+    return asyncio.run(send())
+
+
+MANY = ["a"] * 257
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/v1/models/bluejay:predict", {"instances": MANY}),
+        ("/v1/completions", {"prompt": MANY}),
+        ("/v1/embeddings", {"input": MANY}),
+        (
+            "/v2/models/bluejay/infer",
+            {"inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [257], "data": MANY}]},
+        ),
+        ("/predict", [{"prompt": text} for text in MANY]),
+        ("/SyncPredict", {"data": MANY}),
+    ],
+)
+def test_prompts_are_counted_before_anything_is_made_of_them(
+    server: Server, monkeypatch: pytest.MonkeyPatch, path: str, body: Any
+) -> None:
+    def make(*_: Any, **__: Any) -> None:
+        raise AssertionError("an item was made")
+
+    facts = SimpleNamespace(n_positions=8, n_embd=8)
+    monkeypatch.setattr(ServedModel, "opened", lambda self: (None, facts))
+    monkeypatch.setattr(Item, "__init__", make)
+    answer = post(server, path, body)
+    assert answer.status_code == 400, answer.text
+    assert "257" in answer.text or "more than 256" in answer.text
