@@ -7,8 +7,8 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -23,8 +23,8 @@ from bluejay.accounts.ledger import Ledger
 from bluejay.accounts.plans import read_plans
 from bluejay.accounts.store import Store
 from bluejay.errors import ConfigError
-from bluejay.server.dialects.open_inference_grpc import MAX_MESSAGE_BYTES
-from bluejay.server.dialects.open_inference_messages import MESSAGES, SERVICE
+from bluejay.server.dialects.open_inference_grpc import ENVELOPE_BYTES, GrpcServer
+from bluejay.server.dialects.open_inference_messages import MESSAGES, RECEIVED, SERVICE
 from bluejay.server.options import ModelOptions, ServerOptions
 from bluejay.server.serving import Server
 
@@ -187,6 +187,20 @@ def mistaken(size: int) -> Any:
     return asked
 
 
+def crowded(name: str) -> Any:
+    asked = infer("Once")
+    of = {"inputs": MESSAGES["InferInputTensor"], "outputs": MESSAGES["InferRequestedOutputTensor"]}.get(name, bytes)
+    getattr(asked, name).extend([of()] * 257)
+    return asked
+
+
+def with_parameters(count: int) -> Any:
+    asked = infer("Once", raw=True)
+    for number in range(count):
+        asked.inputs[0].parameters[f"p{number}"].int64_param = 1
+    return asked
+
+
 @pytest.mark.parametrize(
     "asked, message",
     [
@@ -214,6 +228,11 @@ def mistaken(size: int) -> Any:
         (without_value(), "the parameter top_k has no value"),
         (both(), "has contents beside raw_input_contents"),
         (misplaced(), "2 raw_input_contents for 1 inputs"),
+        (infer("Once", **{f"p{number}": 1 for number in range(2049)}), "2,049 parameters, expected at most 2,048"),
+        (crowded("inputs"), "258 inputs, expected at most 256"),
+        (crowded("outputs"), "257 outputs, expected at most 256"),
+        (crowded("raw_input_contents"), "257 raw_input_contents, expected at most 256"),
+        (with_parameters(2049), "2,049 parameters, expected at most 2,048"),
         (mistaken(7), "binary_data_size is 7, the raw contents have 8 bytes"),
     ],
 )
@@ -242,12 +261,20 @@ def test_what_is_not_there_is_not_found(stub: Stub) -> None:
 
 
 def test_messages_are_bounded(stub: Stub) -> None:
-    error = stub.refused("ModelInfer", bytes(MAX_MESSAGE_BYTES + 1))
-    assert error.code() is StatusCode.RESOURCE_EXHAUSTED
+    most = ServerOptions().max_body_bytes + ENVELOPE_BYTES
+    assert stub.refused("ModelInfer", bytes(most)).code() is StatusCode.INVALID_ARGUMENT
+    assert stub.refused("ModelInfer", bytes(most + 1)).code() is StatusCode.RESOURCE_EXHAUSTED
     # Compressed ones would be bounded before they are inflated.
     error = stub.refused("ModelInfer", infer("Once" * 1000), compression=grpc.Compression.Gzip)
     assert error.code() in (StatusCode.UNIMPLEMENTED, StatusCode.INTERNAL)
     assert stub("ServerLive").live
+
+
+def test_what_is_received_has_lists_of_pairs_which_can_be_counted() -> None:
+    asked = RECEIVED["ModelInferRequest"].FromString(infer("Once", top_k=1).SerializeToString())
+    assert [(entry.key, entry.value.int64_param) for entry in asked.parameters] == [("top_k", 1)]
+    for kind in RECEIVED.values():
+        assert not any(nested.GetOptions().map_entry for nested in kind.DESCRIPTOR.nested_types)
 
 
 def test_an_answer_comes_in_pieces(stub: Stub) -> None:
@@ -381,6 +408,33 @@ def made(folder: Path, **options: Any) -> Iterator[Server]:
     finally:
         ledger.close()
         store.close()
+
+
+@asynccontextmanager
+async def started(server: Server) -> AsyncIterator[str]:
+    """Its gRPC alone, whose address it gives; no model is ready."""
+    grpc_server = GrpcServer(server.house)
+    address = grpc_server.listen()
+    await grpc_server.start()
+    try:
+        yield address
+    finally:
+        await grpc_server.stop(0)
+
+
+def test_messages_are_bounded_as_bodies_are(tmp_path: Path) -> None:
+    async def send(server: Server) -> list[StatusCode]:
+        async with started(server) as address, grpc.aio.insecure_channel(address) as channel:
+            call = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+            codes = []
+            for size in (2048 + ENVELOPE_BYTES, 2049 + ENVELOPE_BYTES):
+                with pytest.raises(grpc.RpcError) as caught:
+                    await call(bytes(size), timeout=WAIT_S)
+                codes.append(caught.value.code())
+            return codes
+
+    with made(tmp_path, grpc_port=0, max_body_bytes=2048) as server:
+        assert asyncio.run(send(server)) == [StatusCode.INVALID_ARGUMENT, StatusCode.RESOURCE_EXHAUSTED]
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:

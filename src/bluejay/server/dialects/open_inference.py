@@ -36,6 +36,7 @@ from bluejay.server.dialects.open_inference_models import (
 from bluejay.server.dialects.open_inference_tensors import (
     MAX_DIMS,
     MAX_ELEMENTS,
+    MAX_TENSORS,
     Inference,
     Tensor,
     answer_tensors,
@@ -48,8 +49,6 @@ from bluejay.server.dialects.open_inference_tensors import (
 from bluejay.server.errors import Failure, NotServed, TooLarge
 from bluejay.server.generation import Run
 from bluejay.server.models import ServedModel
-
-MAX_TENSORS = 256  # of a request
 
 HEADER_LENGTH = "Inference-Header-Content-Length"  # bytes of JSON before the binary tensors
 OBJECT = {"type": "object"}

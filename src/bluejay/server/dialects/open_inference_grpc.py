@@ -25,8 +25,8 @@ from bluejay import __version__
 from bluejay.engine.request import RequestOutput
 from bluejay.errors import ConfigError, InvalidRequest, Stopped, UnsupportedOption
 from bluejay.server.auth import Access, Principal
-from bluejay.server.call import House, deadline, name_request, note_failure
-from bluejay.server.dialects.open_inference_messages import MESSAGES, SERVICE
+from bluejay.server.call import MAX_TABLE, House, deadline, name_request, note_failure
+from bluejay.server.dialects.open_inference_messages import MESSAGES, RECEIVED, SERVICE
 from bluejay.server.dialects.open_inference_models import (
     EXTENSIONS,
     PLATFORM,
@@ -38,6 +38,7 @@ from bluejay.server.dialects.open_inference_models import (
     state_of,
 )
 from bluejay.server.dialects.open_inference_tensors import (
+    MAX_TENSORS,
     Inference,
     Tensor,
     answer_tensors,
@@ -54,7 +55,7 @@ from bluejay.server.models import ServedModel
 from bluejay.server.tracing import NO_TRACING, Span
 
 NAME = "open_inference_grpc"  # in metrics, logs and the ledger
-MAX_MESSAGE_BYTES = 8 * 2**20
+ENVELOPE_BYTES = 64 * 1024  # of a message, beside what would be the body over HTTP
 MAX_DETAILS = 1000  # characters; details travel in a header, of which clients take 8 kB
 POLL_S = 0.25  # how soon an idle stream notices that the server is about to end
 CODES = {
@@ -127,8 +128,7 @@ class GrpcServer:
         self._server = grpc.aio.server(
             maximum_concurrent_rpcs=options.max_connections,
             options=(
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_receive_message_length", options.max_body_bytes + ENVELOPE_BYTES),
                 ("grpc.so_reuseport", 0),  # two servers on one port would each get some of the calls
                 # Only plain messages: a compressed one is bounded before it is inflated, not after.
                 ("grpc.compression_enabled_algorithms_bitset", 1),
@@ -305,7 +305,7 @@ async def _abort(context: Context, failure: Failure, request_id: str) -> None:
 def _read(name: str, data: bytes) -> Any:
     """A message. Raises: InvalidRequest where the bytes are none."""
     try:
-        return MESSAGES[name].FromString(data)
+        return RECEIVED[name].FromString(data)
     except DecodeError:
         raise InvalidRequest(f"the message is no {name}") from None
 
@@ -332,7 +332,7 @@ async def _model_metadata(call: GrpcCall, asked: Any) -> Mapping[str, Any]:
 
 async def _model_infer(call: GrpcCall, asked: Any) -> Mapping[str, Any]:
     model = call.find(asked.model_name, asked.model_version)
-    parameters = _values(asked.parameters)
+    parameters = _options(asked)
     raw = _is_raw(asked, parameters)
     inference = _inference(asked, parameters, model)
     if inference.stream:
@@ -348,7 +348,7 @@ async def _stream_infer(call: GrpcCall, asked: Any) -> AsyncGenerator[Mapping[st
     Triton's clients may ask for an empty one at the end, which alone says so.
     """
     model = call.find(asked.model_name, asked.model_version)
-    parameters = _values(asked.parameters)
+    parameters = _options(asked)
     empty_end = parameters.pop("triton_enable_empty_final_response", False) is True
     raw = _is_raw(asked, parameters)
     inference = _inference(asked, parameters, model)
@@ -419,10 +419,18 @@ METHODS: dict[str, tuple[Access, Handle]] = {
 
 def _repository_model(call: GrpcCall, asked: Any) -> ServedModel:
     """The model to load or unload. In KServe's message its name has the number that Triton's repository has."""
-    check_load(dict(asked.parameters))
+    check_load(_keyed(asked.parameters))
     if not (name := asked.model_name or asked.repository_name):
         raise InvalidRequest("model_name is empty, expected the name of a model", "model_name")
     return call.find(name)
+
+
+def _options(asked: Any) -> dict[str, Any]:
+    """A request's parameters. Raises: InvalidRequest, also for more tensors than one request may have."""
+    for name in ("inputs", "outputs", "raw_input_contents"):
+        if (count := len(getattr(asked, name))) > MAX_TENSORS:
+            raise InvalidRequest(f"there are {count:,} {name}, expected at most {MAX_TENSORS:,}", name)
+    return _values(asked.parameters)
 
 
 def _inference(asked: Any, parameters: Mapping[str, Any], model: ServedModel) -> Inference:
@@ -445,12 +453,12 @@ def _tensors(asked: Any) -> list[Tensor]:
         _check_input(given, len(raw[place]) if raw else None)
         if raw and given.HasField("contents"):
             raise InvalidRequest(f"input {given.name[:100]!r} has contents beside raw_input_contents", "inputs")
-        told = (given.name, given.datatype, list(given.shape))
+        told = (given.name, given.datatype, given.shape)
         if raw:
             tensors.append(tensor_of_bytes(*told, raw[place]))
         else:
             field = CONTENTS.get(given.datatype)
-            tensors.append(tensor_of_values(*told, [] if field is None else list(getattr(given.contents, field))))
+            tensors.append(tensor_of_values(*told, [] if field is None else getattr(given.contents, field)))
     return tensors
 
 
@@ -467,10 +475,17 @@ def _check_input(given: Any, num_raw_bytes: int | None) -> None:
             )
 
 
-def _values(parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _keyed(parameters: Sequence[Any]) -> dict[str, Any]:
+    """Parameters by name, the last of each as the protocol has it. Raises: InvalidRequest if there are too many."""
+    if len(parameters) > MAX_TABLE:
+        raise InvalidRequest(f"there are {len(parameters):,} parameters, expected at most {MAX_TABLE:,}", "parameters")
+    return {entry.key: entry.value for entry in parameters}
+
+
+def _values(parameters: Sequence[Any]) -> dict[str, Any]:
     """Parameters by name; what travels as text has the type of its option. Raises: InvalidRequest."""
     values = {}
-    for name, parameter in parameters.items():
+    for name, parameter in _keyed(parameters).items():
         kind = parameter.WhichOneof("parameter_choice")
         if kind is None:
             raise InvalidRequest(f"the parameter {name[:100]} has no value", name[:100])

@@ -30,6 +30,7 @@ from bluejay.server.sampling import OPTIONS, refuse_untold, sampling_params
 from bluejay.tokenizer import Tokenizer
 
 PROMPT_NAME = re.compile(r"(text|input|prompt)s?([_-]*(text|input|prompt)s?)?[_-]*\d{0,3}", re.IGNORECASE)
+MAX_TENSORS = 256  # of a request
 MAX_DIMS = 2  # no tensor here has more
 MAX_ELEMENTS = 2**20  # of one tensor, before anything is made for them
 NO_TOKEN = -1  # fills rows of output_ids that are shorter than the longest; the id of no token
