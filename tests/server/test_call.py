@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import logging
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -18,9 +19,18 @@ from pydantic import BaseModel, ConfigDict, StrictInt
 from bluejay import errors
 from bluejay.errors import InvalidRequest
 from bluejay.server import admin
-from bluejay.server.call import LARGE_BODY, MAX_NESTED, MAX_VALUES, Call, checked, json_response, read_json
+from bluejay.server.call import (
+    LARGE_BODY,
+    MAX_NESTED,
+    MAX_VALUES,
+    Call,
+    checked,
+    json_response,
+    note_failure,
+    read_json,
+)
 from bluejay.server.dialects import baseten, kserve_v1, neuro, open_inference, openai_bodies
-from bluejay.server.errors import STATUS, ClientGone, NotServed, failure_of
+from bluejay.server.errors import STATUS, ClientGone, NotServed, Rarely, failure_of
 from bluejay.server.threads import Threads
 
 
@@ -183,6 +193,29 @@ def test_nothing_of_the_inside_is_told() -> None:
         failure = failure_of(error)
         assert failure.status == 503
         assert "/home" not in failure.message
+
+
+def test_why_is_logged_where_the_client_is_not_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("bluejay.server.errors._reasons", Rarely(1.0, lambda: now[0]))
+
+    def told(*raised: Exception) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            for error in raised:
+                note_failure(error, "an-id")
+        assert all(record.levelno == logging.WARNING for record in caplog.records)
+        return [record.getMessage() for record in caplog.records]
+
+    away, broken = errors.StoreError("the database d cannot be reached"), errors.EngineError("the worker died")
+    expected = ["StoreError: the database d cannot be reached", "EngineError: the worker died"]
+    assert told(away, broken, *[away, broken] * 9) == expected
+    assert told(errors.Overloaded("later", 1.0), errors.QuotaExceeded("later", 1.0), InvalidRequest("no")) == []
+    now[0] = 1.0
+    assert told(away) == expected[:1]
+    assert caplog.records[0].held_back == 9  # type: ignore[attr-defined]
 
 
 def test_when_to_come_again_is_told_in_whole_seconds() -> None:

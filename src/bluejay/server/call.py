@@ -38,7 +38,7 @@ from bluejay.engine.request import RequestOutput
 from bluejay.errors import EngineError, InvalidRequest, Overloaded
 from bluejay.server.auth import Access, Door, Principal
 from bluejay.server.dumps import dumps_in_parts
-from bluejay.server.errors import ClientGone, Failure, TooLarge, TooSlow, failure_of
+from bluejay.server.errors import ClientGone, Failure, TooLarge, TooSlow, failure_of, log_reason
 from bluejay.server.generation import Asked, Caller, Item, Run, Service
 from bluejay.server.jobs import Jobs
 from bluejay.server.models import Models, ServedModel
@@ -633,8 +633,9 @@ def name_request(headers: Mapping[str, str]) -> str:
 
 
 def note_failure(error: BaseException, request_id: str) -> None:
-    """Log what went wrong: with where, if it is a mistake of ours."""
+    """Log what went wrong: with where, if it is a mistake of ours; why, if only the log is told that."""
     failure = failure_of(error)
+    log_reason(error)
     if failure.status >= 500 and not isinstance(error, EngineError) and failure.status not in (501, 503):
         _log.error("request %s failed", request_id, exc_info=error)
     else:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from bluejay import errors
 from bluejay.errors import BluejayError, RequestError
+
+MAX_REASON = 1000  # characters
+
+_log = logging.getLogger("bluejay.server")
 
 
 class TooLarge(RequestError):
@@ -73,14 +80,57 @@ class Failure:
         return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
 
 
+class Rarely:
+    """Lets one of each kind through in so many seconds, and counts those between.
+
+    Args:
+        every_s: seconds.
+        clock: seconds, ever growing.
+    """
+
+    def __init__(self, every_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every_s = every_s
+        self._clock = clock
+        self._last: dict[str, tuple[float, int]] = {}
+
+    def num_held_back(self, kind: str) -> int | None:
+        """How many were held back since the last of its kind; None: this one is to be, too."""
+        now = self._clock()
+        last_s, count = self._last.get(kind, (now - self._every_s, 0))
+        if now - last_s < self._every_s:
+            self._last[kind] = last_s, count + 1
+            return None
+        self._last[kind] = now, 0
+        return count
+
+
+_reasons = Rarely(1.0)  # a database that is away fails thousands of requests in the same way
+
+
+def log_reason(error: BaseException) -> None:
+    """Log why, where the client is not told: of each class of errors once in a second."""
+    if _is_for_the_log(error) and (count := _reasons.num_held_back(type(error).__name__)) is not None:
+        extra = {"held_back": count} if count else {}
+        _log.warning("%s: %s", type(error).__name__, str(error)[:MAX_REASON], extra=extra)
+
+
+def _is_for_the_log(error: BaseException) -> bool:
+    """Whether what an error says is for the operator, not for the client."""
+    return _status(error) == 503 and not isinstance(error, errors.Overloaded | errors.Stopped)
+
+
+def _status(error: BaseException) -> int:
+    return next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
+
+
 def failure_of(error: BaseException) -> Failure:
     """What a client is told of an error; of one that is not Bluejay's nothing but that it happened."""
     if not isinstance(error, BluejayError):
         return Failure(500, "InternalError", "something went wrong on the server; its log names this request's id")
-    status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
+    status = _status(error)
     message = str(error)
-    if status == 503 and not isinstance(error, errors.Overloaded | errors.Stopped):
-        message = "the server could not finish this request; try again soon"  # what it says itself is for the log
+    if _is_for_the_log(error):
+        message = "the server could not finish this request; try again soon"
     if status == 500:
         return failure_of(Exception())
     return Failure(

@@ -22,7 +22,7 @@ import structlog
 from bluejay.engine.request import RequestOutput
 from bluejay.errors import BluejayError, EngineError, Overloaded, QuotaExceeded
 from bluejay.server.auth import Principal
-from bluejay.server.errors import Failure, NoSuchThing, failure_of
+from bluejay.server.errors import Failure, NoSuchThing, failure_of, log_reason
 from bluejay.server.generation import Asked, Caller, Run, Service
 from bluejay.server.shelf import Shelf
 
@@ -262,6 +262,7 @@ class Jobs:
             limit_s = self._service.options.request_timeout_s
             self._end(entry, JobState.FAILED, Failure(504, "TimedOut", f"it was not done within {limit_s:g} s"))
         except Exception as error:
+            log_reason(error)
             _log.log(
                 logging.INFO if isinstance(error, BluejayError) else logging.ERROR,
                 "job failed: %s",
@@ -280,6 +281,7 @@ class Jobs:
             except Overloaded:
                 raise
             except EngineError as error:
+                log_reason(error)
                 _log.info("attempt %d of %d failed: %s", attempt, retries.max_attempts, type(error).__name__)
                 await asyncio.sleep(retries.delay_s(attempt))
         return await self._once(entry)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+
+from bluejay.decoding.params import SamplingParams
+from bluejay.engine.request import FinishReason, GenerationEvent
+from bluejay.errors import EngineError
+from bluejay.server.dialects.open_inference import _pieces
 
 GOLDEN = sorted((Path(__file__).parent / "golden" / "open_inference").glob("*.json"))
 INFER = "/v2/models/bluejay/infer"
@@ -293,3 +300,17 @@ def test_only_an_administrator_unloads_and_loads(keyed: Any) -> None:
 
         assert http.post(load, headers=admin, json={"parameters": {}}).json() == {"name": "bluejay", "load": True}
         assert http.post(INFER, json=asked, headers=user).json() == said.json()
+
+
+def test_why_a_stream_could_not_be_finished_is_for_the_log() -> None:
+    async def events() -> AsyncIterator[GenerationEvent]:
+        yield GenerationEvent(0, 0, [], finish_reason=FinishReason.ERROR, error="the worker died")
+
+    async def read() -> None:
+        run: Any = SimpleNamespace(events=events)
+        asked: Any = SimpleNamespace(params=SamplingParams())
+        async for _ in _pieces(run, asked, {}):
+            pass
+
+    with pytest.raises(EngineError, match=r"^the worker died$"):
+        asyncio.run(read())

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 from starlette.responses import Response
 
 from bluejay import __version__
-from bluejay.errors import InvalidRequest, Stopped, UnsupportedOption
+from bluejay.errors import EngineError, InvalidRequest, UnsupportedOption
 from bluejay.server.auth import Access
 from bluejay.server.call import Call, Dialect, House, TheCall, access, documented, read_checked, route_class
 from bluejay.server.dialects.open_inference_models import (
@@ -382,7 +382,7 @@ async def _pieces(run: Run, asked: Inference, head: Mapping[str, Any]) -> AsyncG
     async with aclosing(run.events()) as events:
         async for event in events:
             if event.error is not None:
-                raise Stopped("the server could not finish this request; try again soon")
+                raise EngineError(event.error)
             if not event.text and event.finish_reason is None:
                 continue
             told = {**head, **({"index": event.index} if several else {}), "text_output": event.text}

@@ -23,7 +23,7 @@ from grpc import StatusCode
 
 from bluejay import __version__
 from bluejay.engine.request import RequestOutput
-from bluejay.errors import ConfigError, InvalidRequest, Stopped, UnsupportedOption
+from bluejay.errors import ConfigError, EngineError, InvalidRequest, Stopped, UnsupportedOption
 from bluejay.server.auth import Access, Principal
 from bluejay.server.call import MAX_TABLE, House, deadline, name_request, note_failure
 from bluejay.server.dialects.open_inference_messages import MESSAGES, RECEIVED, SERVICE
@@ -378,7 +378,7 @@ async def _pieces(call: GrpcCall, run: Run, asked: Inference) -> AsyncGenerator[
         async with deadline(call.caller, call.house.options.request_timeout_s), aclosing(run.events()) as events:
             async for event in events:
                 if event.error is not None:
-                    raise Stopped("the server could not finish this request; try again soon")
+                    raise EngineError(event.error)
                 left -= event.finish_reason is not None
                 if tensors := piece_tensors(asked, event):
                     run.deliver()
