@@ -429,7 +429,7 @@ async def _guarded(
     request_id, route = name_request(request.headers), request.scope["route"].path
     tracing = NO_TRACING if needed is Access.PUBLIC else house.tracing
     span = tracing.begin(dialect.name, request.method, route, request_id, request.headers)
-    refused: dict[str, Any] = {}
+    failure: Failure | None = None
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(request_id=request_id, dialect=dialect.name)
     if span.trace_id is not None:
@@ -445,7 +445,6 @@ async def _guarded(
     except Exception as error:
         note_failure(error, request_id)
         failure = failure_of(error)
-        refused = {"refused": failure.kind, "param": _plain(failure.param)}
         response = dialect.answer(failure)
     except asyncio.CancelledError:
         span.end(499)
@@ -455,17 +454,18 @@ async def _guarded(
     response.headers["X-Request-Id"] = request_id
     house.service.metrics.answered(dialect.name, response.status_code)
     if needed is not Access.PUBLIC:
-        # Of who was turned away there may be thousands each second; the metrics count them.
-        _soon(
-            _log.log,
-            logging.DEBUG if refused.get("refused") in ("Overloaded", "QuotaExceeded") else logging.INFO,
-            "%s %s %d",
-            request.method,
-            route,  # not the path: what a caller writes there could be anything
-            response.status_code,
-            extra={"took_ms": round(1e3 * (time.monotonic() - began_s), 1), **refused},
-        )
+        # Not the path: what a caller writes there could be anything.
+        told = (request.method, route, response.status_code)
+        _soon(log_answer, time.monotonic() - began_s, failure, "%s %s %d", *told)
     return response
+
+
+def log_answer(took_s: float, failure: Failure | None, text: str, *values: Any) -> None:
+    """The line of a request that has been answered; `failure` is what it was answered with, if so."""
+    refused = {} if failure is None else {"refused": failure.kind, "param": _plain(failure.param)}
+    # Of who was turned away there may be thousands each second; the metrics count them.
+    level = logging.DEBUG if refused.get("refused") in ("Overloaded", "QuotaExceeded") else logging.INFO
+    _log.log(level, text, *values, extra={"took_ms": round(1e3 * took_s, 1), **refused})
 
 
 def _soon(call: Callable[..., None], *values: Any, **more: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import struct
@@ -435,6 +436,28 @@ def test_messages_are_bounded_as_bodies_are(tmp_path: Path) -> None:
 
     with made(tmp_path, grpc_port=0, max_body_bytes=2048) as server:
         assert asyncio.run(send(server)) == [StatusCode.INVALID_ARGUMENT, StatusCode.RESOURCE_EXHAUSTED]
+
+
+def test_who_is_turned_away_is_counted_and_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def send(server: Server) -> None:
+        async with started(server) as address, grpc.aio.insecure_channel(address) as channel:
+            call = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+            for asked in (infer("Once"), infer("Once", colour=1)):  # no model is ready: "try again soon"
+                with pytest.raises(grpc.RpcError):
+                    await call(asked.SerializeToString(), timeout=WAIT_S)
+
+    with made(tmp_path, grpc_port=0) as server, caplog.at_level(logging.DEBUG, "bluejay.server"):
+        asyncio.run(send(server))
+        counted = server.service.metrics.registry.get_sample_value
+        for status in ("400", "503"):
+            labels = {"dialect": "open_inference_grpc", "status": status}
+            assert counted("bluejay_http_answers_total", labels) == 1
+    lines = [record for record in caplog.records if record.getMessage().startswith("ModelInfer")]
+    told = [(line.levelno, line.getMessage(), line.refused) for line in lines]  # type: ignore[attr-defined]
+    assert told == [
+        (logging.DEBUG, "ModelInfer 503", "Overloaded"),
+        (logging.INFO, "ModelInfer 400", "InvalidRequest"),
+    ]
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ Source: the Open Inference Protocol's gRPC specification; ModelStreamInfer and R
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -25,7 +24,7 @@ from bluejay import __version__
 from bluejay.engine.request import RequestOutput
 from bluejay.errors import ConfigError, EngineError, InvalidRequest, Stopped, UnsupportedOption
 from bluejay.server.auth import Access, Principal
-from bluejay.server.call import MAX_TABLE, House, deadline, name_request, note_failure
+from bluejay.server.call import MAX_TABLE, House, deadline, log_answer, name_request, note_failure
 from bluejay.server.dialects.open_inference_messages import MESSAGES, RECEIVED, SERVICE
 from bluejay.server.dialects.open_inference_models import (
     EXTENSIONS,
@@ -83,7 +82,6 @@ CONTENTS = {
 }
 
 Context = Any  # grpc.aio.ServicerContext, of a package without types
-_log = logging.getLogger("bluejay.server")
 
 
 @dataclass(frozen=True)
@@ -263,16 +261,15 @@ class GrpcServer:
     def _note(self, error: Exception, opened: _Opened) -> Failure:
         note_failure(error, opened.request_id)
         failure = failure_of(error)
-        self._answered(opened, failure.status)
+        self._answered(opened, failure.status, failure)
         return failure
 
-    def _answered(self, opened: _Opened, status: int) -> None:
+    def _answered(self, opened: _Opened, status: int, failure: Failure | None = None) -> None:
         """A request has ended, with what would be its status over HTTP."""
         opened.span.end(status)
         self._house.service.metrics.answered(NAME, status)
         if opened.needed is not Access.PUBLIC:
-            took_ms = round(1e3 * (time.monotonic() - opened.began_s), 1)
-            _log.info("%s %d", opened.name, status, extra={"took_ms": took_ms})
+            log_answer(time.monotonic() - opened.began_s, failure, "%s %d", opened.name, status)
 
 
 @dataclass(frozen=True)
