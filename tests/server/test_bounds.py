@@ -71,3 +71,17 @@ def test_prompts_are_counted_before_anything_is_made_of_them(
     answer = post(server, path, body)
     assert answer.status_code == 400, answer.text
     assert "257" in answer.text or "more than 256" in answer.text
+
+
+@pytest.mark.parametrize("path, status", [("/nowhere", 404), ("/readyz", 405)])
+def test_what_no_route_answers_is_counted_and_named(
+    server: Server, caplog: pytest.LogCaptureFixture, path: str, status: int
+) -> None:
+    with caplog.at_level("INFO", "bluejay.server"):
+        answer = post(server, path, {})
+    assert (answer.status_code, list(answer.json())) == (status, ["detail"])
+    assert answer.headers["x-request-id"]
+    assert answer.headers.get("allow") == ("GET" if status == 405 else None)
+    labels = {"dialect": "http", "status": str(status)}
+    assert server.service.metrics.registry.get_sample_value("bluejay_http_answers_total", labels) == 1
+    assert [record.getMessage() for record in caplog.records] == [f"POST without a route {status}"]

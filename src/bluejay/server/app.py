@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
+import structlog
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
@@ -14,8 +15,10 @@ from starlette.responses import Response
 
 from bluejay import __version__
 from bluejay.server import admin, health, schema
-from bluejay.server.call import House, json_response
+from bluejay.server.call import House, json_response, log_answer, name_request
 from bluejay.server.dialects import baseten, kserve_v1, listing, neuro, open_inference, openai
+
+NO_DIALECT = "http"  # in metrics and logs
 
 # Each dialect is a file; none knows another. Where paths overlap, the first that fits is taken.
 DIALECTS: tuple[Callable[[House], APIRouter], ...] = (
@@ -46,7 +49,7 @@ def create_app(house: House) -> FastAPI:
     app.router.routes.extend(all_routes(house))
     described = cache(lambda: schema.describe(app, all_routes(house), keys=not house.door.is_open))
     app.openapi = described  # type: ignore[method-assign]
-    app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(HTTPException, partial(_no_route, house))
     return app
 
 
@@ -66,7 +69,13 @@ def _flat(routes: Iterable[Any]) -> Iterator[APIRoute]:
             raise TypeError(f"{route!r} is no route of a dialect: who may call it?")
 
 
-async def _no_route(request: Request, error: Exception) -> Response:
+async def _no_route(house: House, request: Request, error: Exception) -> Response:
     """A path or a method that no dialect has, in the words that FastAPI, and so KServe and Truss, have for it."""
     assert isinstance(error, HTTPException)
-    return json_response({"detail": error.detail}, error.status_code, error.headers)
+    request_id = name_request(request.headers)
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(request_id=request_id, dialect=NO_DIALECT)
+    house.service.metrics.answered(NO_DIALECT, error.status_code)
+    log_answer(0.0, None, "%s without a route %d", request.method, error.status_code)
+    headers = {**(error.headers or {}), "X-Request-Id": request_id}
+    return json_response({"detail": error.detail}, error.status_code, headers)

@@ -24,7 +24,7 @@ from bluejay.accounts.store import Store
 from bluejay.engine.client import EngineClient
 from bluejay.engine.options import EngineOptions
 from bluejay.errors import ConfigError, ModelNotFound, Stopped
-from bluejay.server.app import create_app
+from bluejay.server.app import NO_DIALECT, create_app
 from bluejay.server.auth import Door
 from bluejay.server.call import House, Life
 from bluejay.server.dialects.open_inference_grpc import GrpcServer
@@ -198,7 +198,7 @@ class Server:
 
     def _config(self) -> uvicorn.Config:
         options, life, metrics = self.options, self.house.life, self.service.metrics
-        protocol = bounded(options, lambda: life.draining, lambda status: metrics.answered("http", status))
+        protocol = bounded(options, lambda: life.draining, lambda status: metrics.answered(NO_DIALECT, status))
         return uvicorn.Config(
             self.app,
             http=cast(Any, protocol),
