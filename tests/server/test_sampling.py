@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bluejay.errors import InvalidRequest, UnsupportedOption
-from bluejay.server.sampling import refuse_untold, sampling_params
+from bluejay.server.sampling import known_only, refuse_untold, sampling_params
 
 
 def test_later_layers_count_and_none_says_nothing() -> None:
@@ -70,3 +70,14 @@ def test_what_an_answer_cannot_tell_is_refused() -> None:
     refuse_untold({"logprobs": None, "top_k": 3})
     with pytest.raises(UnsupportedOption, match="prompt_logprobs is not told"):
         refuse_untold({"prompt_logprobs": 1})
+
+
+def test_of_names_that_are_none_the_first_ones_are_told_and_how_many_more() -> None:
+    chosen = {"top_k": 1, **{f"colour{number:02}": 1 for number in range(12)}}
+    kept, headers = known_only(chosen, ignore_unknown=True)
+    first = ", ".join(f"colour{number:02}" for number in range(8))
+    assert (kept, headers) == ({"top_k": 1}, {"X-Ignored-Options": f"{first}, and 4 more"})
+    _, headers = known_only({"top_k": 1, "é": 2}, ignore_unknown=True, beside=["top_k"])
+    assert headers == {"X-Ignored-Options": "top_k, ?"}
+    assert known_only({"top_k": 1}, ignore_unknown=True)[1] == {}
+    assert known_only(chosen, ignore_unknown=False) == (chosen, {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sized
+from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import fields
 from typing import Any
 
@@ -11,6 +11,7 @@ from bluejay.errors import InvalidRequest, UnsupportedOption
 
 # Hugging Face's names of what a caller may choose.
 OPTIONS: tuple[str, ...] = tuple(field.name for field in fields(SamplingParams))
+MAX_NAMES = 8  # of options that are none
 MAX_STOPS = 32  # texts, or ids, that end an answer; OpenAI takes 4
 MAX_STOP_CHARS = 256
 MAX_BIASES = 1024  # token ids of a table or a list
@@ -28,18 +29,30 @@ def refuse_untold(values: Mapping[str, Any]) -> None:
 
 
 def split_known(chosen: Mapping[str, Any], known: Collection[str] = OPTIONS) -> tuple[dict[str, Any], list[str]]:
-    """The options that are some, and the other names, as far as they can be repeated in an answer."""
+    """The options that are some, and the other names."""
     kept = {name: value for name, value in chosen.items() if name in known}
-    others = sorted(chosen.keys() - kept.keys())
-    return kept, [name[:40] if name.isascii() and name.isprintable() else "?" for name in others[:8]]
+    return kept, sorted(chosen.keys() - kept.keys())
 
 
-def known_only(chosen: Mapping[str, Any], *, ignore_unknown: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """The options to go by, and the answer's headers, which name what was passed over where that is wanted."""
+def listed(names: Sequence[str]) -> str:
+    """Names that callers chose, as far as they can be repeated in an answer, and how many more there are."""
+    told = [name[:40] if name.isascii() and name.isprintable() else "?" for name in names[:MAX_NAMES]]
+    return ", ".join([*told, f"and {len(names) - MAX_NAMES:,} more"] if len(names) > MAX_NAMES else told)
+
+
+def known_only(
+    chosen: Mapping[str, Any], *, ignore_unknown: bool, beside: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The options to go by, and the answer's headers, which name what was passed over where that is wanted.
+
+    Args:
+        beside: names that were passed over before.
+    """
     if not ignore_unknown:
         return dict(chosen), {}
     kept, others = split_known(chosen)
-    return kept, {"X-Ignored-Options": ", ".join(others)} if others else {}
+    others = [*beside, *others]
+    return kept, {"X-Ignored-Options": listed(others)} if others else {}
 
 
 def sampling_params(*layers: Mapping[str, Any] | None) -> SamplingParams:

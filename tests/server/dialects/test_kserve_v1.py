@@ -106,8 +106,14 @@ def test_old_programs_options_that_are_none_may_be_passed_over(
         assert (answer.status_code, answer.headers["x-ignored-options"]) == (200, "colour, ?")
         answer = http.post("/SyncPredict", json={"data": "Once", "input_kwargs": chosen})
         assert (answer.status_code, answer.headers["x-ignored-options"]) == (200, "Colour, ?")
+        answer = http.post(
+            "/SyncPredict", json={"data": "Once", "top_k": 1, "input_kwargs": chosen}
+        )  # beside them, too
+        assert (answer.status_code, answer.headers["x-ignored-options"]) == (200, "top_k, Colour, ?")
+        answer = http.post("/Predict", json={"dataId": "none", "colour": 1})
+        assert (answer.status_code, "colour" in answer.text) == (404, False)
         told = http.post("/predict", json={"prompt": "Once", **chosen}).json()
-        assert told["message"] == "Colour is no option and was passed over; ? is no option and was passed over"
+        assert told["message"] == "passed over, as it is no option: Colour, ?"
         wrong = http.post(PREDICT, json={"instances": ["Once"], "parameters": {"top_k": -1, "colour": 1}})
         assert (wrong.status_code, "colour" in wrong.text) == (400, False)
         answer = http.post(PREDICT, json={"instances": ["Once"], "parameters": {"max_length": 6}})

@@ -24,7 +24,7 @@ from bluejay.server.generation import Asked, Item, bound_prompts
 from bluejay.server.jobs import Job, JobState, Retries, Work
 from bluejay.server.models import ServedModel
 from bluejay.server.options import ServerOptions
-from bluejay.server.sampling import sampling_params, split_known
+from bluejay.server.sampling import listed, sampling_params, split_known
 
 PARAMETERS = (
     "max_length",
@@ -323,7 +323,7 @@ def _read_input(value: Any, model: ServedModel, options: ServerOptions) -> Input
     notes = []
     if options.ignore_unknown:
         chosen, others = split_known(chosen, PARAMETERS)
-        notes += [f"{name} is no option and was passed over" for name in others]
+        notes += [f"passed over, as it is no option: {listed(others)}"] if others else []
     if unknown := sorted(set(chosen) - set(PARAMETERS)):
         names = ", ".join(repr(name[:100]) for name in unknown[:8])
         raise InvalidRequest(f"unknown option {names}; there are: prompt, {', '.join(PARAMETERS)}", unknown[0][:100])

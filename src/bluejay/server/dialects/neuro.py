@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
@@ -25,7 +25,19 @@ from bluejay.decoding.params import SamplingParams
 from bluejay.engine.request import RequestOutput
 from bluejay.errors import InvalidRequest, UnsupportedOption
 from bluejay.server.auth import Access
-from bluejay.server.call import Call, Dialect, House, TheCall, access, documented, read_checked, route_class
+from bluejay.server.call import (
+    MAX_FIELDS,
+    Call,
+    Dialect,
+    House,
+    TheCall,
+    access,
+    checked,
+    documented,
+    read_checked,
+    read_json,
+    route_class,
+)
 from bluejay.server.errors import Failure, NoSuchThing, NotServed
 from bluejay.server.generation import Asked, Item
 from bluejay.server.jobs import JobState, Work
@@ -33,7 +45,7 @@ from bluejay.server.models import ServedModel
 from bluejay.server.multipart import is_form, read_form
 from bluejay.server.npz import digest_of_chunks, is_npz, read_texts
 from bluejay.server.options import ServerOptions
-from bluejay.server.sampling import known_only, refuse_untold, sampling_params
+from bluejay.server.sampling import known_only, refuse_untold, sampling_params, split_known
 
 # The model's config: it draws, and 50 tokens with the prompt are its default.
 DEFAULTS = {"do_sample": True, "max_length": 50}
@@ -184,9 +196,9 @@ async def token(call: TheCall) -> Response:
 @access(Access.USER)
 async def sync_predict(call: TheCall) -> Response:
     """One text for each item, or as many as `num_return_sequences` says."""
-    asked, texts = await _read_sync(call)
+    asked, texts, others = await _read_sync(call)
     model, name = _model(call, asked)
-    params, remove_input, headers = _params(call, model, asked.input_kwargs)
+    params, remove_input, headers = _params(call, model, asked.input_kwargs, others)
     run = await call.begin(model, [Item(text, params) for text in texts], asked_model=name)
     outputs = await call.finish(run)
     told: dict[str, Any] = {"state": "COMPLETE"}
@@ -199,9 +211,9 @@ async def sync_predict(call: TheCall) -> Response:
 async def predict(call: TheCall) -> Response:
     """The task's id, as bare text."""
     body = await call.body()
-    asked = await call.parsed(body, partial(read_checked, TaskAsking))
+    asked, others = await _read(call, TaskAsking, body)
     model, name = _model(call, asked)
-    params, remove_input, headers = _params(call, model, asked.input_kwargs)
+    params, remove_input, headers = _params(call, model, asked.input_kwargs, others)
     texts = await _uploaded_texts(call, asked)
     work = Work(
         Asked(model, [Item(text, params) for text in texts], call.dialect.name, name or model.name),
@@ -273,17 +285,32 @@ async def not_exported(call: TheCall) -> Response:
     raise NotServed(NO_MODELS)
 
 
-async def _read_sync(call: Call) -> tuple[SyncAsking, list[str]]:
-    """What is asked, and the texts: of a form's file, or of the JSON itself."""
+Kind = TypeVar("Kind", bound=Asking)
+
+
+async def _read(call: Call, kind: type[Kind], body: bytes) -> tuple[Kind, list[str]]:
+    """What is asked, and the names of fields that were passed over, where that is wanted. Raises: InvalidRequest."""
+
+    def parse(body: bytes) -> tuple[Kind, list[str]]:
+        value, others = read_json(body), list[str]()
+        if call.house.options.ignore_unknown and isinstance(value, dict) and len(value) <= MAX_FIELDS:
+            value, others = split_known(value, [field.alias or name for name, field in kind.model_fields.items()])
+        return checked(kind, value), others
+
+    return await call.parsed(body, parse)
+
+
+async def _read_sync(call: Call) -> tuple[SyncAsking, list[str], list[str]]:
+    """What is asked, the texts, of a form's file or of the JSON itself, and the fields that were passed over."""
     content_type, body, options = call.request.headers.get("content-type", ""), await call.body(), call.house.options
     if not is_form(content_type):
-        asked = await call.parsed(body, partial(read_checked, SyncAsking))
-        return asked, _listed_texts(asked.data, options)
+        asked, others = await _read(call, SyncAsking, body)
+        return asked, _listed_texts(asked.data, options), others
     parts = read_form(content_type, body)
-    asked = await call.parsed(parts.get("json", b""), partial(read_checked, SyncAsking))
+    asked, others = await _read(call, SyncAsking, parts.get("json", b""))
     if "file" not in parts or asked.data is not None:
         raise InvalidRequest("a form has its data in the part 'file', and not in 'data'", "data")
-    return asked, await asyncio.to_thread(_file_texts, [parts["file"]], asked.generic_file, options)
+    return asked, await asyncio.to_thread(_file_texts, [parts["file"]], asked.generic_file, options), others
 
 
 def _with_chunk(upload: Upload, data: bytes, options: ServerOptions, *, is_last: bool) -> Upload:
@@ -368,9 +395,13 @@ def _listed_texts(data: str | list[Any] | None, options: ServerOptions) -> list[
 
 
 def _params(
-    call: Call, model: ServedModel, chosen: dict[str, Any] | None
+    call: Call, model: ServedModel, chosen: dict[str, Any] | None, others: Sequence[str]
 ) -> tuple[SamplingParams, bool, dict[str, str]]:
-    """The options, whether the prompt is left out of the answer, and the answer's headers."""
+    """The options, whether the prompt is left out of the answer, and the answer's headers.
+
+    Args:
+        others: fields beside the options that were passed over.
+    """
     values = dict(chosen or {})
     remove_input = values.pop("remove_input", None)
     if not isinstance(remove_input, bool | None):
@@ -380,7 +411,7 @@ def _params(
             if values.get(ours) not in (None, value):
                 raise InvalidRequest(f"{theirs} and {ours} are the same option, with different values", theirs)
             values[ours] = value
-    values, headers = known_only(values, ignore_unknown=call.house.options.ignore_unknown)
+    values, headers = known_only(values, ignore_unknown=call.house.options.ignore_unknown, beside=others)
     refuse_untold(values)
     headers["X-Served-Model"] = model.name
     return sampling_params(DEFAULTS, model.options.defaults, values), bool(remove_input), headers
