@@ -54,7 +54,7 @@ class ServerOptions:
         header_timeout_s, body_timeout_s: a client that takes longer to send them is let go.
         write_timeout_s: so is one that does not read for so long.
         idle_timeout_s: a connection without a request is closed.
-        max_connections: further ones are told to come again.
+        max_connections: of HTTP, where further ones are told to come again; as many of gRPC, where they are closed.
         drain_s: what is running may take so long to end when the server is told to stop.
         farewell_s: at its end the server says "not ready" for so long before it stops listening, so that nobody who
             shares the load among several is taken by surprise.

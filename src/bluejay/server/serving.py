@@ -152,7 +152,8 @@ class Server:
             except ConfigError:
                 listening.close()
                 raise
-        allow_files(options.max_connections + MAX_LINGERING)
+        num_ports = 1 if options.grpc_port is None else 2  # each has as many connections
+        allow_files(num_ports * options.max_connections + MAX_LINGERING)
         port = listening.getsockname()[1]
         host = f"[{options.host}]" if ":" in options.host else options.host
         return f"http://{host}:{port}"

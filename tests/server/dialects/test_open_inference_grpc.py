@@ -24,9 +24,11 @@ from bluejay.accounts.ledger import Ledger
 from bluejay.accounts.plans import read_plans
 from bluejay.accounts.store import Store
 from bluejay.errors import ConfigError
+from bluejay.server import serving
 from bluejay.server.dialects.open_inference_grpc import ENVELOPE_BYTES, GrpcServer
 from bluejay.server.dialects.open_inference_messages import MESSAGES, RECEIVED, SERVICE
 from bluejay.server.options import ModelOptions, ServerOptions
+from bluejay.server.protocol import MAX_LINGERING
 from bluejay.server.serving import Server
 
 StartServer = Callable[..., AbstractContextManager[Any]]
@@ -436,6 +438,42 @@ def test_messages_are_bounded_as_bodies_are(tmp_path: Path) -> None:
 
     with made(tmp_path, grpc_port=0, max_body_bytes=2048) as server:
         assert asyncio.run(send(server)) == [StatusCode.INVALID_ARGUMENT, StatusCode.RESOURCE_EXHAUSTED]
+
+
+def test_connections_are_bounded(tmp_path: Path) -> None:
+    async def crowd(server: Server) -> list[bool]:
+        async with started(server) as address:
+            host, _, port = address.rpartition(":")
+            clients = [await asyncio.open_connection(host, int(port)) for _ in range(9)]
+            try:
+                # Who is welcome hears the server's settings, the others that the connection has ended.
+                heard = [asyncio.wait_for(reader.read(1), WAIT_S) for reader, _ in clients]
+                words = await asyncio.gather(*heard, return_exceptions=True)
+                return [isinstance(word, bytes) and word != b"" for word in words]
+            finally:
+                for _, writer in clients:
+                    writer.close()
+
+    with made(tmp_path, grpc_port=0, max_connections=2) as server:
+        welcome = asyncio.run(crowd(server))
+        assert sum(welcome) == 2
+
+
+@pytest.mark.parametrize("grpc_port, expected", [(None, 100), (0, 200)])
+def test_there_are_files_for_its_connections_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grpc_port: int | None, expected: int
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(serving, "allow_files", asked.append)
+
+    async def listen(server: Server) -> None:
+        server.listen()
+        for listening in server._sockets:
+            listening.close()
+
+    with made(tmp_path, grpc_port=grpc_port, max_connections=100) as server:
+        asyncio.run(listen(server))
+    assert asked == [expected + MAX_LINGERING]
 
 
 def test_who_is_turned_away_is_counted_and_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

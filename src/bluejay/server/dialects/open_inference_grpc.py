@@ -126,6 +126,7 @@ class GrpcServer:
         self._server = grpc.aio.server(
             maximum_concurrent_rpcs=options.max_connections,
             options=(
+                ("grpc.max_allowed_incoming_connections", options.max_connections),
                 ("grpc.max_receive_message_length", options.max_body_bytes + ENVELOPE_BYTES),
                 ("grpc.so_reuseport", 0),  # two servers on one port would each get some of the calls
                 # Only plain messages: a compressed one is bounded before it is inflated, not after.
