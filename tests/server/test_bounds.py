@@ -1,4 +1,4 @@
-"""What is refused before anything is made of it; on a server in this process, whose engines are not started."""
+"""Bounds, counts and health of a server in this process, whose engines are not started."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ import pytest
 from bluejay.accounts.ledger import Ledger
 from bluejay.accounts.plans import read_plans
 from bluejay.accounts.store import Store
+from bluejay.engine.statistics import Statistics
+from bluejay.errors import EngineError
 from bluejay.server.generation import Item
+from bluejay.server.metrics import ENGINE
 from bluejay.server.models import ServedModel
 from bluejay.server.options import ModelOptions, ServerOptions
 from bluejay.server.serving import Server
@@ -33,13 +36,37 @@ def server(tmp_path: Path) -> Iterator[Server]:
         store.close()
 
 
-def post(server: Server, path: str, body: Any) -> httpx.Response:
+def get(server: Server, path: str) -> httpx.Response:
+    return post(server, path, None, method="GET")
+
+
+def post(server: Server, path: str, body: Any, method: str = "POST") -> httpx.Response:
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(server.app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
-            return await http.post(path, content=json.dumps(body))
+            return await http.request(method, path, content=json.dumps(body))
 
     return asyncio.run(send())
+
+
+def test_an_engine_that_does_not_answer_is_told_of_without_its_numbers(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def answers() -> Statistics:
+        return numbers
+
+    async def fails() -> Statistics:
+        raise EngineError("the worker died")
+
+    numbers: Any = SimpleNamespace(**dict.fromkeys(ENGINE, 7))
+    [model] = server.models
+    told = []
+    for engine in (answers, fails, fails, answers):
+        monkeypatch.setattr(model.engine, "statistics", engine)
+        answer = get(server, "/metrics")
+        told.append('bluejay_engine_steps{model="bluejay"} 7.0' in answer.text)
+        assert 'bluejay_model_ready{model="bluejay"} 0.0' in answer.text
+    assert told == [True, False, False, True]
 
 
 MANY = ["a"] * 257

@@ -147,6 +147,15 @@ def test_the_public_routes_are_these_and_all_routes_are_of_a_dialect(tmp_path: P
         assert len(server.app.routes) == len(all_routes(server.house))
 
 
+def test_who_shows_no_key_hears_no_models_name(keyed: tuple[Server, dict[str, str]], tmp_path: Path) -> None:
+    [closed] = ask(keyed[0], [("GET", "/readyz", {})])
+    assert closed.json() == {"ready": False, "reasons": ["stopped: 1 of 1 models"]}
+    (tmp_path / "open").mkdir()
+    with made(tmp_path / "open") as (server, _):
+        [opened] = ask(server, [("GET", "/readyz", {})])
+    assert opened.json() == {"ready": False, "reasons": ["bluejay: stopped"]}
+
+
 def test_a_route_without_a_policy_cannot_be_made(tmp_path: Path) -> None:
     async def open_to_whom(call: TheCall) -> Any:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from contextlib import suppress
 from typing import Any
 
@@ -52,9 +53,14 @@ async def livez(call: TheCall) -> Response:
 
 @access(Access.PUBLIC)
 async def readyz(call: TheCall) -> Response:
-    """All models are ready, and the server is not about to end."""
+    """All models are ready, and the server is not about to end. Where keys are asked for, it names no model."""
     house = call.house
-    reasons = [f"{model.name}: {model.state.phase}" for model in house.models if not model.ready]
+    waiting = [model for model in house.models if not model.ready]
+    if house.door.is_open:
+        reasons = [f"{model.name}: {model.state.phase}" for model in waiting]
+    else:
+        phases = Counter(str(model.state.phase) for model in waiting)
+        reasons = [f"{phase}: {count} of {len(list(house.models))} models" for phase, count in phases.items()]
     if house.life.draining:
         reasons.insert(0, "the server is about to end")
     ready = house.models.ready and not house.life.draining

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -125,9 +126,12 @@ class Metrics:
         """What a model's engine counts, as it is now; None if it does not tell."""
         self._ready.labels(model.name).set(model.ready)
         self._inside.labels(model.name).set(model.gate.num_inside)
-        if statistics is not None:
-            for name, gauge in self._engine.items():
+        for name, gauge in self._engine.items():
+            if statistics is not None:
                 gauge.labels(model.name).set(getattr(statistics, name))
+            else:  # what it counted before is not what it counts now
+                with suppress(KeyError):
+                    gauge.remove(model.name)
 
     def ledger(self, num_pending: int) -> None:
         """How much usage waits for the database."""
