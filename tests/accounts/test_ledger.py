@@ -447,7 +447,7 @@ SERVERS = """if True:
         for count in itertools.count(4):
             at = count % 4
             request_id = begun[at]["request_id"]
-            tokens = count // 4 % 50 + 1
+            tokens = (count - 4) // 4 % 50 + 1
             ledger.progress(request_id, tokens)
             os.write(1, f"{request_id} {tokens}\\n".encode())  # what is delivered
             if count == 4:
