@@ -39,7 +39,7 @@ class EngineOptions:
 
     max_num_sequences: int = 64
     max_batch_tokens: int = 512
-    max_stall: float = 1.75
+    max_stall: float = 2.0
     cache_memory_bytes: int | None = None
     cache_dtype: str = "auto"
     block_size: int = 16
