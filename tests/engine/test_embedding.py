@@ -65,7 +65,7 @@ def test_beside_streams_and_preempted(tiny_model) -> None:
 def test_a_stream_goes_on_between_the_chunks(tiny_gptj) -> None:
     """By a clock by which each token read costs a tenth of a step; five texts at once stall it no more than one."""
     now = [0.0]
-    engine = CheckedEngine(Network(tiny_gptj), EngineOptions(**EXACT), clock=lambda: now[0])
+    engine = CheckedEngine(Network(tiny_gptj), EngineOptions(**EXACT, max_stall=2.0), clock=lambda: now[0])
     model = engine._runner.network.model.forward
 
     def timed(input_ids, *others):
@@ -83,7 +83,7 @@ def test_a_stream_goes_on_between_the_chunks(tiny_gptj) -> None:
         assert len(event.token_ids) == 1
         times.append(now[0])
     assert len(times) > 50  # 500 tokens, some 8 in each step
-    assert max(after - before for before, after in pairwise(times)) < 1.1 * 1.75 * 1.1
+    assert max(after - before for before, after in pairwise(times)) < 1.1 * 2.0 * 1.1
 
 
 def test_what_a_tenant_had_embedded_is_found_by_nobody(tiny_gptj) -> None:
